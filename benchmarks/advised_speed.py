@@ -4,6 +4,9 @@
 
 For each recipe of a size: the prediction, from timed draws of networks with one and three blocks, and draws of the
 whole network with all its blocks, random weights, the same batch and precision, decoded. The two take turns.
+
+Measured on 28 November 2026, one thread of an AMD EPYC with avx512_bf16, shared with much other work, batches of 8,
+bf16-mixed, 3 rounds: next-token prediction +5.6%, MaskGIT -1.9%, MaskBit +13.8%, next-scale +13.3%, DiT +9.7%.
 """
 
 import argparse

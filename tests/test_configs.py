@@ -183,7 +183,7 @@ def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def codec_tokens(codec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many of the codec: eight frames of two books."""
-    return write_tokens(tmp_path_factory.mktemp("codec_tokens"), codec_file, (8, 2))
+    return write_tokens(tmp_path_factory.mktemp("codec_tokens"), codec_file, (8, 2), image_size=(64,))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,12 @@ def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tokens(
-    folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...], captions: list[list[str]] | None = None
+    folder: Path,
+    tokenizer_file: Path,
+    token_shape: tuple[int, ...],
+    captions: list[list[str]] | None = None,
+    *,
+    image_size: int | tuple[int, ...] = 8,
 ) -> Path:
     import torch
 
@@ -209,7 +214,7 @@ def write_tokens(
         count=12,
         token_shape=token_shape,
         vocab_size=16,
-        image_size=8,
+        image_size=image_size,
         num_classes=2,
         classes=["zero", "one"],
         tokenizer=discrete_lit.load(tokenizer_file).fingerprint(),

@@ -22,9 +22,9 @@ from helpers.distributed_run import (
 from helpers.several_ranks import on_ranks
 
 from discrete_lit import load
+from discrete_lit.callbacks.collective_timeout import set_timeouts
 from discrete_lit.checkpoints import instantiate, read_checkpoint, save
 from discrete_lit.cli.weights import export_weights
-from discrete_lit.core.distributed import set_timeouts
 
 pytestmark = [
     pytest.mark.ddp,

@@ -151,3 +151,40 @@ def test_a_job_is_requeued_and_goes_on_in_its_run_folder(submit, tmp_path):
     starts = json.loads((run_folder / "run.json").read_text())["starts"]
     assert [start["checkpoint"] for start in starts] == [None, str(run_folder / "checkpoints" / "last.ckpt")]
     assert [start["world_size"] for start in starts] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_the_jobs_of_an_array_make_one_result(tmp_path):
+    from helpers.distributed_run import IMAGE_SIZE, tokenizer_config
+    from helpers.stored_images import pixels, save_folder
+
+    from discrete_lit.checkpoints import instantiate, save
+    from discrete_lit.cli.commands import main
+
+    save(instantiate(tokenizer_config()), tmp_path / "tokenizer.ckpt")
+    save_folder(tmp_path / "images", pixels(40, 0, IMAGE_SIZE), torch.arange(40).numpy() % 2)
+    images = {"train": str(tmp_path / "images"), "image_size": IMAGE_SIZE, "batch_size": 4, "num_workers": 0}
+    data = {"class_path": "discrete_lit.data.ImageFolder", "init_args": images}
+    command = ["tokenize", "--ckpt_path", str(tmp_path / "tokenizer.ckpt"), "--data", json.dumps(data)]
+    command += ["--accelerator", "cpu", "--output"]
+    main([*command, str(tmp_path / "whole")])
+
+    sizes = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=30", "--wait"]
+    where = [f"--chdir={ROOT}", f"--output={tmp_path}/%a.log"]
+    script = [str(ROOT / "lightning_configs/slurm/array.sbatch"), *command, str(tmp_path / "parts")]
+    for array, missing in (("1-3", None), ("2", "2")):
+        if missing:  # as if it had been lost
+            (tmp_path / "parts" / "tokenize.parts" / "2-of-3.json").unlink()
+            with pytest.raises(SystemExit, match="1"):
+                main([*command, str(tmp_path / "parts"), "--missing", "true"])
+        sent = subprocess.run(
+            ["sbatch", f"--array={array}", *sizes, *where, *script],
+            env={**os.environ, "VENV": sys.prefix},
+            timeout=600,
+        )
+        logs = "\n".join(log.read_text()[-2000:] for log in sorted(tmp_path.glob("*.log")))
+        assert sent.returncode == 0, logs
+    main([*command, str(tmp_path / "parts"), "--join", "3"])
+    for file in ("tokens.npy", "labels.npy", "manifest.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -21,6 +21,7 @@ import yaml
 from helpers.recipe_files import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_docs import tables
 
 from discrete_lit import __version__
 
@@ -49,6 +50,13 @@ def test_the_metadata_name_the_versions_of_python() -> None:
     assert PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
     named = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if ":: Python :: 3." in line]
     assert tuple(named) == PYTHONS
+
+
+def test_the_page_of_installation_has_every_extra() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    assert {extra for extra, _ in tables(ROOT / "docs" / "installation.md", ["Extra", "For"])} == {
+        f"`{e}`" for e in extras
+    }
 
 
 @pytest.mark.parametrize("version", PYTHONS)
@@ -98,13 +106,17 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         fields = Parser().parsestr(archive.read(metadata).decode())
-    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "discrete_lit").rglob("*.py")}
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "discrete_lit").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     recipes = {
         f"discrete_lit/{path.relative_to(ROOT).as_posix()}"
         for pattern in ("*.yaml", "*.sbatch", "*.py")
         for path in (ROOT / "lightning_configs").rglob(pattern)
     }
-    assert names == code | recipes | {"discrete_lit/py.typed", "discrete_lit/evaluation/watch.html"}
+    assert names == package | recipes
     assert fields["Version"] == __version__ and fields["Requires-Python"] == f">={PYTHONS[0]}"
     assert fields["License-Expression"] == "Apache-2.0"
     assert set(fields.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])

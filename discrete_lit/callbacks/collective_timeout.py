@@ -1,10 +1,12 @@
 """Time-outs of a process group: the time for which ranks wait for one another before a run ends."""
 
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
-from discrete_lit.core.distributed import set_timeouts
+from discrete_lit.core.distributed import world_size
 
 
 class CollectiveTimeout(Callback):
@@ -53,3 +55,13 @@ class CollectiveTimeout(Callback):
         if seconds != self._now:
             set_timeouts(seconds)
             self._now = seconds
+
+
+def set_timeouts(seconds: float) -> None:
+    """Let every process group that this process is in give up a collective that begins from now on after so long."""
+    if world_size() == 1:
+        return
+    # Public since PyTorch 2.14. There is no public list of the groups.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(timedelta(seconds=seconds), group)

@@ -15,7 +15,7 @@ from torch import Tensor
 from discrete_lit.callbacks.image_grids import undisturbed
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator, Unified
+from discrete_lit.generators import Generator, SuperResolution, Unified
 from discrete_lit.generators.token_predictions import (
     TokenPredictions,
     attention_layers,
@@ -160,7 +160,8 @@ class TokenTelemetry(Callback):
         rows = {name: value[: self.count] for name, value in batch.items() if hasattr(value, "__getitem__")}
         with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             tokens = module.data_of(rows, module.random_of(rows, 0))
-        rows.pop("image", None)
+        if not isinstance(module, SuperResolution):  # which is also given the small image of each
+            rows.pop("image", None)
         rows["tokens"] = tokens
         self._samples = {
             name: value.detach().cpu().clone() if isinstance(value, Tensor) else value for name, value in rows.items()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from discrete_lit.cli.devices import make_fabric
+from discrete_lit.cli.recipes import recipes_folder
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
 from discrete_lit.evaluation import advice
@@ -28,7 +29,7 @@ def advise(
     batch_size: int | None = None,
     accelerator: str = "auto",
     precision: str = "auto",
-    recipes: str = "lightning_configs",
+    recipes: str | None = None,
     json: bool = False,
 ) -> dict[str, Any]:
     """Say which tokenizer, generator and sampler to take, from what this machine can do in about a minute.
@@ -49,7 +50,7 @@ def advise(
         batch_size: images drawn at a time; by default 32 on a CPU up to 64 x 64 pixels, else 1, and 64 on a GPU.
         accelerator: auto, cpu or gpu.
         precision: Lightning's; bf16-mixed by default where this machine multiplies bfloat16.
-        recipes: the folder lightning_configs of the source tree.
+        recipes: the folder of the recipes; by default that of the package, as `discrete-lit recipes` lists it.
         json: print JSON in the place of a table.
 
     Returns:
@@ -73,6 +74,9 @@ def advise(
     if batch_size is None:
         height, width = height_and_width(image_size)
         batch_size = (32 if height * width <= _SMALL else 1) if fabric.device.type == "cpu" else 64
+    folder = recipes_folder() if recipes is None else Path(recipes)
+    if folder is None:
+        raise ValueError("this package was installed without its recipes: give their folder, --recipes FOLDER")
     speed = measure_speed(fabric.device)
     resolved = resolve_precision(precision, accelerator)
     dtype = next((name for prefix, name in _DTYPES.items() if resolved.startswith(prefix)), "float32")
@@ -81,7 +85,7 @@ def advise(
         normal_size(image_size),
         budget=budget,
         speed=speed,
-        folder=Path(recipes),
+        folder=folder,
         batch_size=batch_size,
         device=fabric.device,
         dtype=dtype,

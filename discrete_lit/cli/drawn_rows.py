@@ -29,7 +29,7 @@ class DrawnRows:
         batch_size: rows of every batch but the last.
     """
 
-    def __init__(self, folder: Path, parts: PartsFolder, count: int, *, batch_size: int) -> None:
+    def __init__(self, folder: Path, parts: PartsFolder, *, count: int, batch_size: int) -> None:
         self.folder, self.parts, self.count, self.batch_size = folder, parts, count, batch_size
         self.path, self.thoughts_path, self._marks_path = (
             folder / f"{name}.npy.partial" for name in ("rows", "thoughts", "drawn")

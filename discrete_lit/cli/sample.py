@@ -277,7 +277,7 @@ def sample(
     }
     this = own_part or WHOLE
     batches = this.batches(num_samples, batch_size)
-    drawn_rows = DrawnRows(folder, parts, num_samples, batch_size=batch_size)
+    drawn_rows = DrawnRows(folder, parts, count=num_samples, batch_size=batch_size)
 
     def publish(run: dict[str, Any]) -> dict[str, Any]:
         with_texts = isinstance(generator, Unified) and drawn_rows.has_thoughts

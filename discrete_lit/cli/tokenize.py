@@ -147,7 +147,7 @@ def tokenize(
         **described,
         "listing": data.listing_sha256(split),
         "crops": [crops, *ten_crop_scales] if crops == "ten" else [crops],
-        "apply_exif": data.pipeline.apply_exif,
+        **data.pipeline.evaluation_settings(),
         "seed": seed,
         "batch_size": data.batch_size,
         "torch": torch.__version__,

@@ -7,7 +7,6 @@ whether it must synchronise is silently local.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -40,16 +39,6 @@ def rank() -> int:
 
 def _has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and not _is_alone.get()
-
-
-def set_timeouts(seconds: float) -> None:
-    """Let every process group that this process is in give up a collective that begins from now on after so long."""
-    if not _has_ranks():
-        return
-    # Public since PyTorch 2.14. There is no public list of the groups.
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    for group in list(dist.distributed_c10d._world.pg_map):
-        set_timeout(timedelta(seconds=seconds), group)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -110,6 +110,10 @@ class SamplePipeline(ABC):
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
         """Make a batch, which may be one of no sample."""
 
+    def evaluation_settings(self) -> dict[str, Any]:
+        """Name what decides, beside the size, how a file is decoded for evaluation; nothing by default."""
+        return {}
+
     def training_caption(self, captions: tuple[str, ...] | None, epoch: int, key: str) -> str | None:
         """Draw one of a sample's captions, the same for the same (seed, epoch, key); None where it has none."""
         if captions is None:
@@ -201,6 +205,9 @@ class ImagePipeline(SamplePipeline):
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
         """Make a batch, see `image_batch`."""
         return image_batch(samples, self.shape)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        return {"apply_exif": self.apply_exif}
 
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Crop an image for evaluation: uint8 `(H, W, C)`, or `(V, H, W, C)` of several crops."""

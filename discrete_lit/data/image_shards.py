@@ -248,7 +248,7 @@ class _Shards:
         self.caption_kind = None if captions is None else captions.kind
         self.samples_per_step = batch_size * world_size
         self._reader: Any = None
-        """What is open: kept between the batches of a worker."""
+        """The opened shards, kept between the batches of a worker."""
         self._next: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class _Shards:
         raise NotImplementedError
 
     def _reader_at(self, epoch: int, number: int) -> Any:
-        """What batch `number` is read from, with the batches before it taken."""
+        """Give what batch `number` is read from, with the batches before it taken."""
         if self._reader is None or self._next != (epoch, number):
             self._reader = self.opened(epoch, number)
         self._next = (epoch, number + self.workers)

@@ -380,7 +380,7 @@ class OrderedSource:
 
 
 class _Saved(NamedTuple):
-    """What a state says of the global batches that are left."""
+    """Holds what a state says of the global batches that are left."""
 
     global_batch: int
     identity: dict[str, Any]

@@ -366,7 +366,7 @@ class _ReadAhead(io.RawIOBase):
 
 
 def _version(answer: http.client.HTTPResponse) -> str:
-    """What tells versions of a file apart; empty where the server says nothing."""
+    """Tell versions of a file apart, by the marks of the server; empty where it gives none."""
     # A server's own compression would make these another file's.
     marks = [answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
     return "\n".join(marks) if any(marks[:2]) else ""

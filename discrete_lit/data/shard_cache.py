@@ -36,7 +36,7 @@ class Download(Protocol):
     name: str
     """Its URL, without a signature."""
     version: str
-    """What the server says that tells versions of the file apart; empty where it says nothing."""
+    """The marks of the server that tell versions of the file apart; empty where it gives none."""
     size: int | None
     """In bytes; None where the server does not say it."""
 

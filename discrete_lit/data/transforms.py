@@ -302,6 +302,11 @@ def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, fl
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Bring a Pillow image to mode L, RGB or RGBA by the rules of this module.
+
+    Raises:
+        ValueError: floating-point pixels, or 16-bit ones out of their range.
+    """
     if image.mode.startswith("I"):
         image = _grey_16_to_8(image)
     if image.mode == "F":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ class VideoPipeline(SamplePipeline):
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Decode a clip and cut out its middle in time and space: uint8 `(T, H, W, C)`."""
         return self._clip(data, None, partial(center_crop, size=self.image_size[1:]))
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        return {"frame_rate": self.frame_rate}
 
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
         """Make a batch: `{"video": float32 (B, C, T, H, W) in [-1, 1], ...}`, the rest as `label_batch` says."""
@@ -227,3 +230,9 @@ class ImagesBetweenClips:
 
     def identity(self) -> Mapping[str, int | str]:
         return {**self.source.identity(), "image_share": str(self.share)}
+
+    def layout(self) -> Mapping[str, int]:
+        return self.source.layout()
+
+    def follow(self, layout: Mapping[str, int]) -> None:
+        self.source.follow(layout)

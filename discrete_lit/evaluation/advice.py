@@ -47,7 +47,7 @@ class Budget:
     seconds: float | None = None
     """For drawing them."""
     memory_gb: float | None = None
-    """Of 10^9 bytes, while a batch is drawn."""
+    """Memory while a batch is drawn, in 10^9 bytes."""
     training_seconds: float | None = None
     """For training by the recipe, or as long as the measured run."""
     training_flops: float | None = None
@@ -159,8 +159,8 @@ def _model(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"recipes={str(file.parents[1])!r}: there is no {file}; accepted: the folder lightning_configs of the "
-            "source tree"
+            f"recipes={str(file.parents[1])!r}: there is no {file}; accepted: a folder with the recipes that "
+            "`discrete-lit recipes` lists"
         ) from error
     model = deepcopy(settings["model"])
     for name in ("optimizer", "scheduler", "perceptual_loss", "adversarial_loss", "alignment_loss"):
@@ -180,7 +180,7 @@ def advise(
     dtype: str = "float32",
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     clock: Clock | None = None,
-    seconds: float = 45.0,
+    seconds: float = 30.0,
 ) -> list[Advice]:
     """Find the recipes for a wish that keep a budget, the best first.
 
@@ -309,8 +309,10 @@ def _duration(seconds: float) -> str:
 
 def table_of(advices: Sequence[Advice]) -> str:
     """Write a table for a terminal, a row for each recipe."""
-    rows = [list(_COLUMNS), *([cell(each) for cell in _COLUMNS.values()] for each in advices)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    columns = {name: [cell(each) for each in advices] for name, cell in _COLUMNS.items()}
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
 

@@ -49,9 +49,9 @@ class DrawCost:
     flops: float
     """Floating-point operations of the network, without decoding, two for a multiply-add."""
     decoding_flops: float
-    """Those of the tokenizer's decoder."""
+    """Operations of the tokenizer's decoder."""
     training_flops: float
-    """Those of a training step for one image, forward and backward, with the tokenizer's encoding where the recipe
+    """Operations of a training step for one image, forward and backward, with the tokenizer's encoding where the recipe
     encodes images; nan where a step cannot be counted."""
     parameters: float
     """Weights that a draw reads, of the generator and of the tokenizer."""

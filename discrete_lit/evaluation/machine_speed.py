@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and moves memory."""
+"""The speed of this machine: products of matrices, and copies of memory."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
-    """What a device reaches at best, measured on it."""
+    """The most that a device reaches, measured on it."""
 
     device: str
     """Its name."""
@@ -23,7 +23,7 @@ class MachineSpeed:
     """Bytes a second that a copy reads and writes, together."""
 
 
-def measure_speed(device: torch.device, *, seconds: float = 2.0) -> MachineSpeed:
+def measure_speed(device: torch.device, *, seconds: float = 1.0) -> MachineSpeed:
     """Measure products of 1,024 x 1,024 matrices (4,096 on a GPU) and a copy of 128 MiB, each the best of its runs.
 
     Args:

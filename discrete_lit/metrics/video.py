@@ -8,7 +8,7 @@ Fréchet distance (`frechet.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,7 @@ def temporal_difference_error(reconstructions: Tensor, clips: Tensor) -> Tensor:
     return (moved - expected).abs().flatten(1).mean(dim=1) / 255
 
 
-@dataclass(frozen=True, kw_only=True)
-class VideoFigures:
+class VideoFigures(NamedTuple):
     """Figures of a set of reconstructed clips; means over the clips."""
 
     psnr: float

@@ -38,7 +38,7 @@ def mean_hits(law: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.01, 0.5, 1.0, 2.0, 4.5, 10.0, 100.0])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.1, 0.5, 1.0, 2.0, 4.5, 10.0, 100.0])
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
     law = FavouredColours()

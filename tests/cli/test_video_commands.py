@@ -176,7 +176,8 @@ def test_grids_of_a_run_play(runs: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for run, name in (("tokenizer", "reconstructions"), ("Masked", "samples")):
-        log = EventAccumulator(str(runs[run].parents[1]), size_guidance={"images": 0})
+        (file,) = runs[run].parents[1].rglob("events.out.*")
+        log = EventAccumulator(str(file.parent), size_guidance={"images": 0})
         log.Reload()
         assert {f"images/{name}", f"videos/{name}"} <= set(log.Tags()["images"])
         (event,) = log.Images(f"videos/{name}")

@@ -298,7 +298,7 @@ def test_the_trainer_counts_in_batches_of_the_new_size(tmp_path: Path, make_toke
 
     whole = fit(11, 12, 1).steps
     steps = fit(2, 12, 1).steps
-    for until, batch_size, accumulated in ((4, 4, 3), (6, 6, 2), (8, 2, 6), (11, 12, 1)):
+    for until, batch_size, accumulated in ((4, 4, 3), (7, 6, 2), (8, 2, 6), (11, 12, 1)):
         steps |= fit(until, batch_size, accumulated, str(tmp_path / f"{max(steps) + 1}.ckpt")).steps
     assert steps == whole and len(steps) == 11
 

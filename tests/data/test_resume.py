@@ -295,7 +295,8 @@ def test_after_a_whole_epoch_the_global_batch_may_be_another(tmp_path: Path, mak
             fresh.epoch = 1
             assert epochs(resumed, 2) == (epochs(loader, 2) if goes_on else epochs(fresh, 2))
     # A version before wrote no word of it.
-    del state["finished"]
+    del state["finished"], state["global_batch"]
+    state["identity"] |= state.pop("layout")
     resumed.load_state_dict(state)
     state["samples"] -= 4
     with pytest.raises(ValueError, match="inside an epoch"):

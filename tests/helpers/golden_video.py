@@ -10,6 +10,11 @@ from discrete_lit.tokenizers.networks.grid_layers import DepthToSpace, Downsampl
 from helpers.golden import Case, Compared, Load, Tensors
 
 TOLERANCE = 1e-4
+TOLERANCES = {
+    # The case's norms have one channel in each group, which magnifies rounding: in float64 the reference's own code and
+    # ours agree to 2e-14 here, and both are 4.2e-4 from the case, as is the reference's code in float32 elsewhere.
+    ("magvit2_video", "grad.encoder.conv_in.conv_1.weight"): 1e-3,
+}
 NO_PLACE: dict[str, dict[str, str]] = {}
 COMPARED: Compared = {}
 

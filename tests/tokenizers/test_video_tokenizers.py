@@ -117,7 +117,9 @@ def test_images_and_clips_train_one_tokenizer(tmp_path: Path) -> None:
 def test_clips_are_compared_frame_by_frame() -> None:
     """With a discriminator too: the loss of a clip is that of a batch of its frames."""
     clips, outputs = torch.rand(2, 1, 3, 16, 16), torch.rand(2, 1, 3, 16, 16, requires_grad=True)
-    adversarial = AdversarialLoss(PatchGAN(image_channels=1, width=4, layers=1), start_step=0, weight=0.5)
+    adversarial = AdversarialLoss(
+        PatchGAN(image_channels=1, width=4, layers=1), start_step=0, weight=0.5, adaptive=False
+    )
     objective = Objective("l1", adversarial_loss=adversarial)
     found = objective(outputs, clips, step=3, index=torch.arange(2))
     frames = frames_of(outputs.detach()).requires_grad_()
