@@ -39,8 +39,8 @@ class DelayPattern:
 
     def present(self, device: torch.device | None = None) -> Tensor:
         """Say where a code stands: `(positions, K)` bool."""
-        position = torch.arange(self.positions, device=device)[:, None]
-        frame = position - torch.tensor(self.delays, device=device)
+        position = torch.arange(self.positions, device=device)
+        frame = torch.stack([position - delay for delay in self.delays], dim=-1)  # nothing is copied to the device
         return (frame >= 0) & (frame < self.frames)
 
     def lay_out(self, codes: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ from discrete_lit.metrics.latent_statistics import overall_deviation, scale_comp
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer, freeze
 from discrete_lit.tokenizers.encodec import check_sample_rate
 
+_SAMPLES = {"image": "images", "video": "clips", "audio": "audio"}
+
 
 def tokenize(
     ckpt_path: str,
@@ -120,7 +122,7 @@ def tokenize(
     channels = getattr(tokenizer, "image_channels", data.image_channels)  # a tokenizer of one's own need not say
     if channels != data.image_channels:
         raise ValueError(
-            f"ckpt_path={ckpt_path!r} takes {tokenizer.modality} of {channels} channels: set "
+            f"ckpt_path={ckpt_path!r} takes {_SAMPLES[tokenizer.modality]} of {channels} channels: set "
             f"data.init_args.{'channels' if tokenizer.modality == 'audio' else 'image_channels'} to that, it is "
             f"{data.image_channels}"
         )

@@ -1,5 +1,6 @@
 """Infinity, of FoundationVision/Infinity: `infinity`, bitwise next-scale prediction from text."""
 
+import re
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ _BLOCK = [
     ("modulation.project.{rest}", "ada_lin.1.{rest}"),
     ("modulation_offset", "ada_gss"),
 ]
+_IN_CHUNKS = re.compile(r"block_chunks\.(\d+)\.(?:module\.)?(\d+)\.(.+)")
 _RULES = [
     ("token_embedding.project.{rest}", "word_embed.{rest}"),
     ("context_pool.norm.weight", "text_norm.weight"),
@@ -175,19 +177,13 @@ def _in_blocks(state: State) -> State:
 
     Their names are `block_chunks.0.module.0`, of which `module` is left out where a file is read.
     """
-    chunks = state.count("block_chunks.{}")
-    each = state.count("block_chunks.0.{}") if chunks else 0
-    names = {
-        f"block_chunks.{chunk}.{number}.": f"blocks.{chunk * each + number}."
-        for chunk in range(chunks)
-        for number in range(each)
+    found = {name: _IN_CHUNKS.fullmatch(name) for name in state}
+    each = 1 + max((int(name[2]) for name in found.values() if name), default=0)
+    renamed = {
+        name: f"blocks.{int(parts[1]) * each + int(parts[2])}.{parts[3]}" if parts else name
+        for name, parts in found.items()
     }
-
-    def renamed(name: str) -> str:
-        found = next((old for old in names if name.startswith(old)), None)
-        return name if found is None else names[found] + name.removeprefix(found)
-
-    return State({renamed(name): value for name, value in state.items()}, state.source)
+    return State({renamed[name]: value for name, value in state.items()}, state.source)
 
 
 def _pooling_heads(text_dim: int, width: int) -> int:
@@ -208,6 +204,8 @@ def _scales(settings: Settings, model: Settings, most: int) -> list[tuple[int, i
                 f"reference_config has model.pn={area!r}: {', '.join(_SCALES)} are known; give scales for others"
             )
         given = [(1, side, side) for side in _SCALES[area]]
+    else:
+        model.without_effect("scales say what an area stands for", "pn")
     if any(not isinstance(size, list | tuple) or len(size) != 3 or size[0] != 1 for size in given) or len(given) > most:
         raise ValueError(
             f"reference_config has scales={given}: at most {most} of [1, height, width], one frame, are read"

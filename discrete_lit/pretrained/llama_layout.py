@@ -183,7 +183,7 @@ def unified_conversion(
     if text_length is not None and not 3 <= text_length <= length:
         raise ValueError(
             f"reference_config has max_seq_length={text_length}: from 3 to {length} ids fit beside an image of "
-            f"{grid[0]} x {grid[1]} ids"
+            f"{grid[0]} x {grid[1]} ids in max_position_embeddings={language.context}"
         )
     length = length if text_length is None else text_length
     if length < 3:

@@ -37,10 +37,13 @@ def encodec(state: State, settings: Settings) -> Conversion:
     depth = state.count("quantizer.layers.{}.codebook")
     settings.agree({"codebook_size": codebook_size, "codebook_dim": code_dim, "hidden_size": code_dim})
     sample_rate = settings.take("sampling_rate", 24000)
+    if sample_rate < 1:
+        raise ValueError(f"reference_config has sampling_rate={sample_rate}: a positive number is needed")
     bandwidths = settings.optional("target_bandwidths", list) or []  # type: ignore[type-var]
     # Kilobits a second to codes of a frame, as the reference counts them.
     bits = log2(codebook_size) * ceil(sample_rate / prod(ratios))
-    books = sorted({min(max(1, floor(bandwidth * 1000 / bits)), depth) for bandwidth in bandwidths}) or [depth]
+    # Bandwidths of as many books stay apart: training draws one of them.
+    books = sorted(min(max(1, floor(bandwidth * 1000 / bits)), depth) for bandwidth in bandwidths) or [depth]
     if settings.take("normalize", False):
         raise ValueError(f"reference_config has normalize=true: {_NOT_READ}")
     for name in ("chunk_length_s", "overlap"):

@@ -1,11 +1,12 @@
 """Show-o, of showlab/Show-o: `showo`, Phi-1.5 over text and masked images."""
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, TextPart, register
-from discrete_lit.pretrained.layouts import IN_TRAINING, head_count, in_blocks, sampled_by, square
+from discrete_lit.pretrained.layouts import IN_TRAINING, head_count, in_blocks, sampled_by
 from discrete_lit.pretrained.llama_layout import ABOUT_THE_FILE, FILE_KEYS, ids_of, unified_conversion
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
@@ -39,7 +40,10 @@ def showo(state: State, settings: Settings) -> Conversion:
     settings.agree({"vocab_size": language.size, "mask_token_id": language.size - 1, "w_clip_vit": False})
     settings.without_effect(ABOUT_THE_FILE, "_class_name", "_diffusers_version", "llm_model_path", *FILE_KEYS)
     length = settings.take("max_seq_length", 128)
-    grid = square(state, settings.take("num_vq_tokens", 256))
+    count = settings.take("num_vq_tokens", 256)
+    if count < 1 or isqrt(count) ** 2 != count:
+        raise ValueError(f"reference_config has num_vq_tokens={count}, which is no square grid")
+    grid = (isqrt(count), isqrt(count))
     steps = settings.take("timesteps", 18)
     end = ids_of(settings.tokens, _END_OF_TEXT)[0]
     # Of a tokenizer.json without them, they stand behind its tokens.
@@ -112,7 +116,13 @@ class PhiLayout:
         settings.without_effect(ABOUT_THE_FILE, "bos_token_id", "eos_token_id", "pad_token_id", *FILE_KEYS)
         share = settings.take("partial_rotary_factor", 0.5)
         self.turned = round(self.head_dim * share)
+        if not 0 <= self.turned <= self.head_dim or self.turned % 2:
+            raise ValueError(
+                f"reference_config has phi.partial_rotary_factor={share}, with which {self.turned} of the "
+                f"{self.head_dim} channels of a head would turn: an even number of them can"
+            )
         self.context = settings.take("max_position_embeddings", 2048)
+        settings.without_effect("max_seq_length says how long a text is, which must fit", "max_position_embeddings")
         self.arguments = {
             "width": self.width,
             "depth": depth,

@@ -110,7 +110,7 @@ def test_wrong_name_in_an_appended_callback(tmp_path: Path, capsys: pytest.Captu
         ("trainer.max_steps", 1.5, "int"),
         ("trainer.use_distributed_sampler", 3, "bool"),
         ("data.init_args.batch_size", "x", "int"),
-        ("model.init_args.image_size", [8], "int"),
+        ("model.init_args.image_size", "eight", "int"),
         ("model.init_args.label_dropout", "none", "float"),
         ("model.init_args.backbone.init_args.norm", "layr", "'layer' or 'rms'"),
         ("model.init_args.optimizer.init_args.lr", "fast", "float"),

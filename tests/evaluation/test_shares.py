@@ -109,7 +109,7 @@ def test_jobs_of_an_array_join_to_the_whole(settings: dict[str, Any], tmp_path: 
     with pytest.raises(ValueError, match=r"1 of 5 parts are not in .*such as part 4: .*`--part 4/5`"):
         evaluate(**jobs, join=5)
     evaluate(**jobs, part="4/5")
-    assert "`--join 5` reports" in capsys.readouterr().out
+    assert "`--join 5` follows" in capsys.readouterr().out
     joined = evaluate(**jobs, join=5)
     assert figures(joined) == pytest.approx(figures(alone), rel=1e-9) and joined["notes"] == alone["notes"]
     # Of images that changed the parts are others.

@@ -62,7 +62,7 @@ def test_the_likelihood_sums_to_one(delays: tuple[int, ...]) -> None:
     assert found.kind == "exact" and found.nats.exp().sum() == pytest.approx(1.0, abs=1e-6)
     # The loss is that of a code.
     loss, _ = generator.loss(every[:5], torch.zeros(5, dtype=torch.int64))
-    assert float(loss) == pytest.approx(-float(found.nats[:5].mean()) / 4, rel=1e-5)
+    assert loss.item() == pytest.approx(-found.nats[:5].mean().item() / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -14,7 +14,7 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import CosineSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.solvers import EulerMaruyama
-from discrete_lit.samplers import BinaryFlowSampler, Sampler, SamplerOutput
+from discrete_lit.samplers import BinaryFlowSampler, DelaySampler, Sampler, SamplerOutput
 from helpers import diffusion_cases, sampler_cases
 from helpers.sampler_cases import Case, build_backbone, build_quantizer
 
@@ -56,7 +56,7 @@ class Drawer:
 
 def names() -> list[str]:
     """The name of each case, and of each way through the loops of diffusion."""
-    found = [*sampler_cases.CASES, "adaln", "fixed_order", "binary_flow", "binary_flow_in_blocks"]
+    found = [*sampler_cases.CASES, "adaln", "fixed_order", "delayed", "binary_flow", "binary_flow_in_blocks"]
     found += [f"{sampler}-{process}" for sampler, process in diffusion_cases.CASES if (sampler, process) not in ALIKE]
     found += [f"{sampler}-{process}-{way}" for sampler, process in WAYS_OF for way in WAYS if way]
     return [*found, "ancestral-gaussian-score_head", "ancestral-hybrid-score_head", "tau-gaussian"]
@@ -82,6 +82,11 @@ def make_drawer(name: str) -> Drawer:
     if name == "fixed_order":
         backbone = build_backbone(sampler_cases.ANY_ORDER, conditioning="prefix_adaln", target_positions=True)
         return Drawer(backbone, sampler_cases.RasterSampler(order=(3, 1, 2, 0, 5, 4), **GUIDED))
+    if name == "delayed":
+        layout = SequenceLayout(
+            8, (4,), num_classes=2, attention="causal", mask_token=True, sub_tokens=2, delays=(0, 1)
+        )
+        return Drawer(build_backbone(layout), DelaySampler(**GUIDED))
     if name.startswith("binary_flow"):
         size = 3 if name.endswith("in_blocks") else 1
         return Drawer(bit_backbone(size), BinaryFlowSampler(guidance_scale=2.0, null_rows="own"))

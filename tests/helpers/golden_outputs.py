@@ -49,7 +49,7 @@ KINDS = (
 )
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
-NOT_YET = ("showo",)
+NOT_YET: tuple[str, ...] = ()
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
 """Families that are compared in the case of another, which holds both."""
