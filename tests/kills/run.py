@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from helpers.distributed_run import generator_config, tokenizer_config
+from helpers.distributed_run import OPTIMIZER, generator_config, tokenizer_config
 from PIL import Image
 
 from discrete_lit.checkpoints import instantiate, save
@@ -43,7 +43,7 @@ from discrete_lit.data import ImageShards, TokenArrays
 from discrete_lit.data.loaders import TrainingLoader
 from kills.ledger import samples_of
 
-GLOBAL_BATCH, COUNT, STEPS, SAVE_EVERY = 12, 52, 40, 3
+GLOBAL_BATCH, COUNT, STEPS, SAVE_EVERY = 12, 52, 24, 3
 RANKS = (1, 2, 3)
 MOMENTS = ("start", "loading", "batch", "batch", "save", "save", "validation")
 TARGETS = ("all", "first rank", "last rank", "worker", "told to end")
@@ -123,7 +123,9 @@ class Series:
     def fit_tokenizer(self) -> dict[str, Any]:
         data = {"train": str(self.folder / "shards"), "validation": str(self.folder / "shards"), "image_size": 16}
         data |= {"shuffle_window": 7, "num_workers": 2, "crop": "random_resized"}
-        return self._fit(tokenizer_config(), "ImageShards", data)
+        model = tokenizer_config()
+        model["init_args"] |= {"optimizer": OPTIMIZER}
+        return self._fit(model, "ImageShards", data)
 
     def fit_generator(self) -> dict[str, Any]:
         data = {"train": str(self.folder / "tokens"), "validation": str(self.folder / "tokens"), "num_workers": 1}
@@ -198,6 +200,7 @@ class Series:
 
     def fault(self, attempt: str, text: str) -> None:
         self.verdict.faults.append(f"{attempt}: {text}")
+        print(f"FAULT {attempt}: {text}", flush=True)
 
     # Killing.
 
@@ -332,7 +335,7 @@ class Series:
             self.fault(attempt, f"was told to end in step {max(taken)}, and saved step {step}")
 
     def check_left(self, attempt: str, run: Path) -> None:
-        left = sorted(file.name for file in (run / "checkpoints").iterdir())
+        left = sorted(file.name for file in (run / "checkpoints").glob("*"))
         if len(left) != 2 or "last.ckpt" not in left or not all(name.endswith(".ckpt") for name in left):
             self.fault(attempt, f"checkpoints that are left: {left}")
         odd = [str(file) for file in run.rglob("*") if file.name.endswith((".tmp", ".unfinished"))]
@@ -402,8 +405,6 @@ def main() -> int:
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-    for fault in verdict.faults:
-        print(f"FAULT {fault}")
     print(
         f"{sum(verdict.kills.values())} kills in {time.monotonic() - begin:.0f} s, seed {given.seed}: "
         f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after a kill the last process was "
