@@ -63,7 +63,7 @@ class Verdict:
     batches: int = 0
     """Batches of ranks that were compared."""
     silence: float = 0.0
-    """Seconds that the slowest processes outlived a kill."""
+    """Seconds that the slowest processes outlived the kill of one or all ranks."""
 
 
 class Series:
@@ -182,7 +182,7 @@ class Series:
                         found[int(entry.name)] = int(parent), (entry / "cmdline").read_bytes().decode(errors="replace")
         return found
 
-    def all_gone(self, process: subprocess.Popen[str], attempt: str) -> None:
+    def all_gone(self, process: subprocess.Popen[str], attempt: str, *, killed: str | None) -> None:
         """Wait until nothing of a command is left; what is left after the patience is a fault, and is ended."""
         begin = time.monotonic()
         while time.monotonic() - begin < PATIENCE:
@@ -196,7 +196,9 @@ class Series:
                 with suppress(OSError):
                     os.kill(number, signal.SIGKILL)
         process.wait()
-        self.verdict.silence = max(self.verdict.silence, time.monotonic() - begin)
+        # Without a worker a run may go on, and one that was told to end saves first.
+        if killed is not None and "worker" not in killed and "told" not in killed:
+            self.verdict.silence = max(self.verdict.silence, time.monotonic() - begin)
 
     def fault(self, attempt: str, text: str) -> None:
         self.verdict.faults.append(f"{attempt}: {text}")
@@ -230,7 +232,9 @@ class Series:
         moment, target = self.random.choice(moments), self.random.choice(TARGETS)
         if moment in ("start", "loading") and target == "told to end":
             target = "all"  # nothing is trained yet that could be saved
-        times, delay = self.random.randint(1, 6 if moment == "batch" else 2), self.random.random() * 0.05
+        # A start comes to its loading once.
+        most = {"loading": 1, "batch": 6}.get(moment, 2)
+        times, delay = self.random.randint(1, most), self.random.random() * 0.05
         until = time.monotonic() + (self.random.uniform(1, 8) if moment == "start" else PATIENCE)
         while process.poll() is None and time.monotonic() < until:
             if moment != "start" and self.reached(attempt, moment) >= times:
@@ -271,7 +275,7 @@ class Series:
             if killed is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(PATIENCE)
-            self.all_gone(process, attempt)
+            self.all_gone(process, attempt, killed=killed)
             self.compare(name, attempt, begins=begins, layout=layout, accumulated=accumulated)
             number += 1
             if killed is not None:
@@ -358,7 +362,7 @@ class Series:
         for victim in list(self.processes()) if target == "all" else [process.pid]:
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-        self.all_gone(process, attempt)
+        self.all_gone(process, attempt, killed=target if killed else None)
         if killed:
             self.verdict.kills[f"{target}, {name}"] += 1
             print(f"{attempt}: {target}", flush=True)
@@ -407,7 +411,7 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(
         f"{sum(verdict.kills.values())} kills in {time.monotonic() - begin:.0f} s, seed {given.seed}: "
-        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after a kill the last process was "
+        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after the kill of a rank the last process was "
         f"gone in at most {verdict.silence:.1f} s"
     )
     for kind, count in sorted(verdict.kills.items()):
