@@ -411,8 +411,8 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     print(
         f"{sum(verdict.kills.values())} kills in {time.monotonic() - begin:.0f} s, seed {given.seed}: "
-        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after the kill of a rank the last process was "
-        f"gone in at most {verdict.silence:.1f} s"
+        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after the kill of a rank the last "
+        f"process was gone in at most {verdict.silence:.1f} s"
     )
     for kind, count in sorted(verdict.kills.items()):
         print(f"  {count:3d} {kind}")
