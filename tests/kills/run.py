@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from helpers.distributed_run import generator_config, tokenizer_config
+from helpers.distributed_run import OPTIMIZER, generator_config, tokenizer_config
 from PIL import Image
 
 from discrete_lit.checkpoints import instantiate, save
@@ -43,7 +43,7 @@ from discrete_lit.data import ImageShards, TokenArrays
 from discrete_lit.data.loaders import TrainingLoader
 from kills.ledger import samples_of
 
-GLOBAL_BATCH, COUNT, STEPS, SAVE_EVERY = 12, 52, 40, 3
+GLOBAL_BATCH, COUNT, STEPS, SAVE_EVERY = 12, 52, 24, 3
 RANKS = (1, 2, 3)
 MOMENTS = ("start", "loading", "batch", "batch", "save", "save", "validation")
 TARGETS = ("all", "first rank", "last rank", "worker", "told to end")
@@ -63,7 +63,7 @@ class Verdict:
     batches: int = 0
     """Batches of ranks that were compared."""
     silence: float = 0.0
-    """Seconds that the slowest processes outlived a kill."""
+    """Seconds that the slowest processes outlived the kill of one or all ranks."""
 
 
 class Series:
@@ -123,7 +123,9 @@ class Series:
     def fit_tokenizer(self) -> dict[str, Any]:
         data = {"train": str(self.folder / "shards"), "validation": str(self.folder / "shards"), "image_size": 16}
         data |= {"shuffle_window": 7, "num_workers": 2, "crop": "random_resized"}
-        return self._fit(tokenizer_config(), "ImageShards", data)
+        model = tokenizer_config()
+        model["init_args"] |= {"optimizer": OPTIMIZER}
+        return self._fit(model, "ImageShards", data)
 
     def fit_generator(self) -> dict[str, Any]:
         data = {"train": str(self.folder / "tokens"), "validation": str(self.folder / "tokens"), "num_workers": 1}
@@ -180,7 +182,7 @@ class Series:
                         found[int(entry.name)] = int(parent), (entry / "cmdline").read_bytes().decode(errors="replace")
         return found
 
-    def all_gone(self, process: subprocess.Popen[str], attempt: str) -> None:
+    def all_gone(self, process: subprocess.Popen[str], attempt: str, *, killed: str | None) -> None:
         """Wait until nothing of a command is left; what is left after the patience is a fault, and is ended."""
         begin = time.monotonic()
         while time.monotonic() - begin < PATIENCE:
@@ -194,10 +196,13 @@ class Series:
                 with suppress(OSError):
                     os.kill(number, signal.SIGKILL)
         process.wait()
-        self.verdict.silence = max(self.verdict.silence, time.monotonic() - begin)
+        # Without a worker a run may go on, and one that was told to end saves first.
+        if killed is not None and "worker" not in killed and "told" not in killed:
+            self.verdict.silence = max(self.verdict.silence, time.monotonic() - begin)
 
     def fault(self, attempt: str, text: str) -> None:
         self.verdict.faults.append(f"{attempt}: {text}")
+        print(f"FAULT {attempt}: {text}", flush=True)
 
     # Killing.
 
@@ -227,7 +232,9 @@ class Series:
         moment, target = self.random.choice(moments), self.random.choice(TARGETS)
         if moment in ("start", "loading") and target == "told to end":
             target = "all"  # nothing is trained yet that could be saved
-        times, delay = self.random.randint(1, 6 if moment == "batch" else 2), self.random.random() * 0.05
+        # A start comes to its loading once.
+        most = {"loading": 1, "batch": 6}.get(moment, 2)
+        times, delay = self.random.randint(1, most), self.random.random() * 0.05
         until = time.monotonic() + (self.random.uniform(1, 8) if moment == "start" else PATIENCE)
         while process.poll() is None and time.monotonic() < until:
             if moment != "start" and self.reached(attempt, moment) >= times:
@@ -268,7 +275,7 @@ class Series:
             if killed is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(PATIENCE)
-            self.all_gone(process, attempt)
+            self.all_gone(process, attempt, killed=killed)
             self.compare(name, attempt, begins=begins, layout=layout, accumulated=accumulated)
             number += 1
             if killed is not None:
@@ -332,7 +339,7 @@ class Series:
             self.fault(attempt, f"was told to end in step {max(taken)}, and saved step {step}")
 
     def check_left(self, attempt: str, run: Path) -> None:
-        left = sorted(file.name for file in (run / "checkpoints").iterdir())
+        left = sorted(file.name for file in (run / "checkpoints").glob("*"))
         if len(left) != 2 or "last.ckpt" not in left or not all(name.endswith(".ckpt") for name in left):
             self.fault(attempt, f"checkpoints that are left: {left}")
         odd = [str(file) for file in run.rglob("*") if file.name.endswith((".tmp", ".unfinished"))]
@@ -355,7 +362,7 @@ class Series:
         for victim in list(self.processes()) if target == "all" else [process.pid]:
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-        self.all_gone(process, attempt)
+        self.all_gone(process, attempt, killed=target if killed else None)
         if killed:
             self.verdict.kills[f"{target}, {name}"] += 1
             print(f"{attempt}: {target}", flush=True)
@@ -402,12 +409,10 @@ def main() -> int:
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-    for fault in verdict.faults:
-        print(f"FAULT {fault}")
     print(
         f"{sum(verdict.kills.values())} kills in {time.monotonic() - begin:.0f} s, seed {given.seed}: "
-        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after a kill the last process was "
-        f"gone in at most {verdict.silence:.1f} s"
+        f"{verdict.batches} batches of ranks compared, {len(verdict.faults)} faults; after the kill of a rank the last "
+        f"process was gone in at most {verdict.silence:.1f} s"
     )
     for kind, count in sorted(verdict.kills.items()):
         print(f"  {count:3d} {kind}")
