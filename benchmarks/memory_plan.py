@@ -136,9 +136,7 @@ def shard(weight: Tensor, ranks: int) -> int:
     return -(-weight.shape[0] // ranks) * (weight.numel() // weight.shape[0]) if weight.ndim and weight.numel() else 1
 
 
-def memory_of(
-    recipe: str, *, ranks: int, batch_size: int, recompute: bool = False, reserve: float = 6 * GB
-) -> Memory:
+def memory_of(recipe: str, *, ranks: int, batch_size: int, recompute: bool = False, reserve: float = 6 * GB) -> Memory:
     """Calculate what a generator's recipe needs on each of some GPUs.
 
     Args:
@@ -190,7 +188,9 @@ def main() -> None:
     parser.add_argument("--batch_size", nargs="+", type=int, default=(16, 32, 64, 128), help="images on each GPU")
     parser.add_argument("--memory", type=float, default=80.0, help="of a GPU in GB")
     given = parser.parse_args()
-    print("| recipe, batch of each GPU | recomputed | states | gathered | kept | again | temporary | total, GB | fits |")
+    print(
+        "| recipe, batch of each GPU | recomputed | states | gathered | kept | again | temporary | total, GB | fits |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|--:|---|")
     for recipe in given.recipes:
         for batch_size in given.batch_size:

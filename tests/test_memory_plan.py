@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_proof.recipes import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from memory_plan import autocast, kept, loss_of, memory_of, shard
+from memory_plan import GPUAttention, Memory, autocast, kept, loss_of, shard
 
 
 def test_what_a_layer_keeps_by_hand() -> None:
@@ -48,3 +49,21 @@ def test_shards_are_cut_by_the_first_dimension_and_rounded_up() -> None:
     assert shard(torch.empty(16, 3), 8) == 2 * 3
     assert shard(torch.empty(17, 3), 8) == 3 * 3
     assert shard(torch.empty(1, 5, 3), 8) == 15
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_gpu_keeps_no_weights(masked: bool) -> None:
+    """Queries, keys, values, output, one number for each row, the mask; and a few numbers of a random state."""
+    with FakeTensorMode(), GPUAttention():
+        query, key, value = (torch.zeros(2, 4, 64, 16, device="cuda", requires_grad=True) for _ in range(3))
+        mask = torch.ones(64, 64, dtype=torch.bool, device="cuda") if masked else None
+        found = kept(
+            lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=0.0), [], "cuda"
+        )
+    expected = 4 * 2 * (2 * 4 * 64 * 16) + 4 * (2 * 4 * 64) + masked * 2 * 64 * 64
+    assert expected <= sum(found) <= expected + 64
+
+
+def test_the_total_is_of_all_parts() -> None:
+    parts = Memory(10, states=1.0, gathered=2.0, kept=4.0, again=8.0, temporary=16.0, reserve=32.0)
+    assert parts.total == 63.0
