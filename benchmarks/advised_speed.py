@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from side_by_side.published_shapes import autocast
@@ -30,7 +31,7 @@ TARGET = 0.2
 
 
 def whole_draw(model: dict, batch: int, device: torch.device, precision: str) -> Callable[[], None]:
-    generator = instantiate(model).eval().to(device)
+    generator: Any = instantiate(model).eval().to(device)
     images = torch.arange(batch, device=device)
     condition = images % generator.num_classes
     if isinstance(generator, Unified):

@@ -70,7 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if saves_one_file(self) or storage_options is not None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        from torch.distributed.checkpoint import async_save
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         path = Path(self.broadcast(filepath))
         self.wait()
@@ -91,8 +91,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._submit(self._publish, cast(Future[Any], written), unfinished, path, rest.getvalue())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         self.wait()
         path = Path(self.broadcast(checkpoint_path))
@@ -100,7 +100,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if path.is_dir() and WEIGHTS[1] in checkpoint.get("sharded", ()):
             assert self.model is not None
             # What a state dictionary holds is the model's own memory, where the averages are now.
-            raw = {name: value.clone() for name, value in get_model_state_dict(self.model).items()}
+            raw = {name: cast(torch.Tensor, value).clone() for name, value in get_model_state_dict(self.model).items()}
             load({WEIGHTS[1]: raw}, checkpoint_id=path)
             checkpoint[WEIGHTS[1]] = raw
         return checkpoint
@@ -158,8 +158,8 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         `state_dict`, with an EMA `current_model_state`, and `optimizer_states` with parameters by their names.
     """
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     found: dict[str, Any] = {}

@@ -224,6 +224,7 @@ class _Download(_Stream):
                     # What a break took is no slowness of what follows.
                     self._waited -= time.monotonic() - begin
                     begin = time.monotonic()
+                assert self._source is not None
                 data = self._source.read1(most)
                 if not data and self.size is not None and self.received < self.size:
                     raise OSError(f"the server ended the transfer after {self.received:,} of {self.size:,} bytes")

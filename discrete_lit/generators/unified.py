@@ -388,7 +388,8 @@ class Unified(TextAndImageSequences):
                 masked=masked,
                 softmax_over=self.softmax_over,
             )
-        self.step_shape = (*sequence.ids.shape, sum(self._outputs(name, each) for name, each in losses.items()))
+        rows, elements = sequence.ids.shape
+        self.step_shape = (rows, elements, sum(self._outputs(name, each) for name, each in losses.items()))
         return losses
 
     def _outputs(self, name: str, losses: SegmentLosses) -> int:

@@ -87,7 +87,8 @@ class Downsample(nn.Module):
         self, layers: Layers, channels: int, *, padding: Literal["right", "symmetric"], time: bool = True
     ) -> None:
         super().__init__()
-        self.causal, self.start = layers.causal, layers.clip_start
+        self.causal = layers.causal
+        self.start: ClipStart = layers.clip_start
         axis = (0, 1) if padding == "right" else (1, 1)
         self.padding = axis * (layers.dims - layers.causal)
         if layers.dims == 3 and not (time or layers.causal):
