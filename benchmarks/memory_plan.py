@@ -19,6 +19,8 @@ Counted on each rank are
 - temporary: twice the largest tensor that is kept, for a gradient and what it is computed from;
 - a reserve for what PyTorch cannot see: CUDA's context, NCCL's buffers, fragmentation; and the frozen tokenizer.
 
+With `--ranks 1` the model is whole on the GPU, as under DDP, whose own copy of the gradients is not counted.
+
 So it is an estimate of eager PyTorch. What a frozen tokenizer needs to encode images is not in it: that is over before
 the network begins. `torch.compile` keeps less.
 """
