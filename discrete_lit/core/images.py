@@ -35,7 +35,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(images: Tensor) -> Tensor:
     """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
-    return images.float().div(127.5).sub(1)
+    import torch  # here, for what prepares data knows sizes, and starts at once
+
+    # In place: on a CPU each new tensor of a batch's size costs more than the arithmetic.
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tuple[int, int]:
