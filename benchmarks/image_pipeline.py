@@ -12,6 +12,7 @@ batch of float32. The figure is bare decoding's time over the arm's: the share o
 import argparse
 import io
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,8 +64,8 @@ def main() -> None:
     files = [jpeg(number) for number in range(given.images)]
     print(f"{given.images} files of {sum(map(len, files)) / len(files) / 1e3:.0f} kB, {torch.__version__}, 1 thread")
 
-    def pipeline(**settings: object) -> ImagePipeline:
-        usual: dict = {"crop": "random", "flip": True, "apply_exif": False}
+    def pipeline(**settings: Any) -> ImagePipeline:
+        usual: dict[str, Any] = {"crop": "random", "flip": True, "apply_exif": False}
         return ImagePipeline(given.size, 0, **(usual | settings))
 
     crops = {
@@ -86,7 +87,7 @@ def main() -> None:
 
         def by_torchvision() -> None:
             for data in tensors:
-                resize(decode_jpeg(data, mode=ImageReadMode.RGB), side, antialias=True)
+                resize(cast(torch.Tensor, decode_jpeg(data, mode=ImageReadMode.RGB)), side, antialias=True)
 
         arms["torchvision's decoding alone"] = lambda: [decode_jpeg(data, mode=ImageReadMode.RGB) for data in tensors]
         arms["torchvision's decoding and resizing"] = by_torchvision
