@@ -236,8 +236,11 @@ class _Download(_Stream):
                 if isinstance(error, http.client.HTTPException):
                     error = OSError(f"the server ended the transfer early ({type(error).__name__})")
                 # What has no known end, or no known version, may go on in another way than it began.
-                if attempt == _RESUMED_AT_MOST or self._resumed >= _RESUMED_IN_ALL or self.size is None:
+                if self.size is None:
                     raise error from None
+                # Whoever reads the shard once more would wait as often again.
+                if attempt == _RESUMED_AT_MOST or self._resumed >= _RESUMED_IN_ALL:
+                    raise PermanentFailure(str(error)) from None
         raise AssertionError("the last attempt returns or raises")
 
     def _ask(self, part: str | None) -> http.client.HTTPResponse:

@@ -57,8 +57,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LARGEST_EXCESS = 16
 
 
-# Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB.
-_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 5 * 2**28, 5, 4
+# Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB, and of
+# one that is halved, in width and then in height.
+_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED, _HALVED = 5 * 2**28, 5, 4, 3
 
 
 class UndecodableImage(UndecodableSample):
@@ -358,8 +359,11 @@ def _check_memory(image: Image.Image, mode: str) -> None:
     decoder = {"JPEG2000": 8 * channels, "WEBP": 8, "AVIF": 8, "TIFF": 2 * channels}.get(image.format or "", 0)
     if image.info.get("progressive"):
         decoder = 2 * channels
-    # Pillow multiplies colours by their opacity in another copy before it resizes them.
+    # Pillow multiplies colours by their opacity in another copy before it resizes them. What has its mode already is
+    # not copied, but halved: first its width.
     converted = 2 * _CONVERTED if mode == "RGBA" else _CONVERTED
+    if mode == "RGB" == image.mode and image.format != "TIFF":
+        converted = _HALVED
     needed = (held + decoder + converted) * image.width * image.height
     most = max(_MOST_DECODED, _DECODED_OF_A_BYTE * image_bytes_limit())
     if needed > most:
