@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from discrete_lit.callbacks.image_grids import undisturbed
+from discrete_lit.callbacks.image_grids import as_in_validation, shards_weights
 from discrete_lit.core.audio import to_int16
 from discrete_lit.generators import Generator
 from discrete_lit.metrics.spectral import spectrogram_image
@@ -51,10 +50,9 @@ class AudioExamples(Callback):
         codec = pl_module if isinstance(pl_module, EnCodec) else getattr(pl_module, "tokenizer", None)
         if batch_idx or dataloader_idx or trainer.sanity_checking or not isinstance(codec, EnCodec):
             return
-        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        if not (trainer.is_global_zero or sharded):
+        if not (trainer.is_global_zero or shards_weights(trainer)):
             return
-        with undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with as_in_validation(trainer, pl_module):
             clips = self._clips(pl_module, batch)
         for logger in loggers if trainer.is_global_zero else []:
             for name, waveforms in clips.items():

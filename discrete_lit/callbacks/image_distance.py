@@ -11,11 +11,10 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
-from discrete_lit.callbacks.image_grids import undisturbed
+from discrete_lit.callbacks.image_grids import as_in_validation, shards_weights
 from discrete_lit.core.distributed import failing_together, on_first_rank
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, size_of, size_text, to_uint8
 from discrete_lit.core.lightning_internals import log_step
@@ -272,10 +271,10 @@ class ImageDistance(Callback):
         """Draw samples, or reconstruct the images of the reference, and measure them; None without such images."""
         keeps = self.precision_recall and self._selection is not None
         most_features = None if keeps else 0
-        with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with as_in_validation(trainer, module):
             if not isinstance(module, ImageAutoencoder):
                 meter = FeatureMeter(self._extractor(module), self.num_samples, most_features=most_features)
-                sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+                sharded = shards_weights(trainer)
                 # Ranks that gather sharded weights wait for one another at every batch.
                 with nullcontext() if sharded else failing_together():
                     for indices, counted in own_numbers(self.num_samples, self.batch_size, together=sharded):

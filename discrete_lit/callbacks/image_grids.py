@@ -77,10 +77,9 @@ class ImageGrid(Callback, ABC):
         # Inside the validation loop, not around it: there averaged weights are in place if the run keeps any.
         if batch_idx or dataloader_idx or trainer.sanity_checking or not self.applies_to(pl_module):
             return
-        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        if not (trainer.is_global_zero or sharded):
+        if not (trainer.is_global_zero or shards_weights(trainer)):
             return
-        with undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with as_in_validation(trainer, pl_module):
             pixels = to_uint8(displayable(self.make_images(pl_module, batch))).cpu()
         if not trainer.is_global_zero:
             return
@@ -227,3 +226,15 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
         finally:
             for part, mode in training.items():
                 part.training = mode
+
+
+@contextmanager
+def as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Compute something beside the run: in eval mode and the trainer's precision, without gradients, `undisturbed`."""
+    with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        yield
+
+
+def shards_weights(trainer: Trainer) -> bool:
+    """Whether the weights are sharded, so that every rank has to take part in whatever is computed with them."""
+    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)

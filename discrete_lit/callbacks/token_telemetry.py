@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from discrete_lit.callbacks.image_grids import undisturbed
+from discrete_lit.callbacks.image_grids import as_in_validation
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, SuperResolution, Unified
@@ -158,7 +158,7 @@ class TokenTelemetry(Callback):
             return
         assert isinstance(module, Generator | Unified)
         rows = {name: value[: self.count] for name, value in batch.items() if hasattr(value, "__getitem__")}
-        with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with as_in_validation(trainer, module):
             tokens = module.data_of(rows, module.random_of(rows, 0))
         if not isinstance(module, SuperResolution):  # which is also given the small image of each
             rows.pop("image", None)
@@ -180,7 +180,7 @@ class TokenTelemetry(Callback):
             return
         assert isinstance(pl_module, Generator | Unified)
         self._last_step = step
-        with undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with as_in_validation(trainer, pl_module):
             scalars, pictures = self.record(pl_module)
         if not trainer.is_global_zero:
             return

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from discrete_lit.core.files import content_sha256
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -164,8 +163,8 @@ class Clips(ResumableDataModule):
         """Hash what a split lists in its order, which tells that a sample's number means the same."""
         found = self._found[split]
         if isinstance(found, ShardSet):
-            return content_sha256(f"{shard.name} {shard.count}\n" for shard in found.shards)
-        return content_sha256(f"{key}\n" for key in self._files[split].keys)
+            return found.listing_sha256()
+        return self._files[split].listing_sha256()
 
     def evaluation_source(
         self,

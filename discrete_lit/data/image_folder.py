@@ -147,7 +147,7 @@ class ImageFolder(ResumableDataModule):
 
     def listing_sha256(self, split: Split) -> str:
         """Hash the names of the images of a split in their order, which tells that a sample's number means the same."""
-        return content_sha256(f"{key}\n" for key in self._files[split].keys)
+        return self._files[split].listing_sha256()
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
@@ -195,6 +195,10 @@ class SampleFiles:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def listing_sha256(self) -> str:
+        """Hash the names of the files in their order, which tells that a sample's number means the same."""
+        return content_sha256(f"{key}\n" for key in self.keys)
 
     def label(self, sample: int) -> int | None:
         """The label of an image, where it has one."""

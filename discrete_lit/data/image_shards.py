@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -218,7 +217,7 @@ class ImageShards(ResumableDataModule):
 
     def listing_sha256(self, split: Split) -> str:
         """Hash names and counts of the shards of a split, which tell that a sample's number means the same."""
-        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards[split].shards)
+        return self.shards[split].listing_sha256()
 
 
 class _Shards:

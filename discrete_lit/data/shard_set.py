@@ -22,6 +22,7 @@ import braceexpand
 import numpy as np
 
 from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
+from discrete_lit.core.files import content_sha256
 from discrete_lit.data.media import MediaKind
 from discrete_lit.data.remote import MissingFile, is_download, is_local, keep, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
@@ -84,6 +85,10 @@ class ShardSet:
     def counts(self) -> np.ndarray:
         """Samples of each shard: int64 `(len(shards),)`."""
         return np.array([shard.count for shard in self.shards], dtype=np.int64)
+
+    def listing_sha256(self) -> str:
+        """Hash names and counts of the shards, which tell that a sample's number means the same."""
+        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards)
 
 
 def find_shards(

@@ -6,7 +6,6 @@ grows with the blocks (time, operations, weights, memory) lies on a line through
 own count, as `discrete-lit sample` writes it into run.json.
 """
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +27,7 @@ from discrete_lit.backbones.execution import count_flops, outline
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, noting
+from discrete_lit.evaluation.machine_speed import seconds_of
 from discrete_lit.generators import Generator, LatentGenerator, Unified
 from discrete_lit.generators.counted_step import count_step
 
@@ -108,11 +108,7 @@ def median_seconds(run: Callable[[], object], *, device: torch.device) -> float:
     above a second that of one run."""
     times: list[float] = []
     while len(times) < (4 if not times or times[0] < _LONG else 2):
-        begin = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(seconds_of(run, device))
     return median(times[1:])
 
 

@@ -47,14 +47,19 @@ def measure_speed(device: torch.device, *, seconds: float = 1.0) -> MachineSpeed
     )
 
 
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Time a run, with all that the device has still to do."""
+    begin = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begin
+
+
 def _best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Give the least time of a run, of as many as fit into the seconds; three at least, behind one that warms up."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(seconds_of(run, device))
     return min(times[1:])

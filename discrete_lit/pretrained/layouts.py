@@ -246,16 +246,16 @@ def class_count(state: State, embedding: Tensor, before: int = 0) -> int:
     return count
 
 
-def given_length(arguments: Settings, usual: int) -> int:
-    """Take the number of tokens of a square image, `block_size`, from the reference configuration.
+def given_length(arguments: Settings, usual: int, *, name: str = "block_size") -> int:
+    """Take the number of tokens of a square image from the reference configuration.
 
     Raises:
         ValueError: it is no square number.
     """
-    length = arguments.take("block_size", usual)
+    length = arguments.take(name, usual)
     if length < 1 or isqrt(length) ** 2 != length:
         raise ValueError(
-            f"reference_config has {arguments.where('block_size')}={length}: accepted are square numbers of tokens"
+            f"reference_config has {arguments.where(name)}={length}: accepted are square numbers of tokens"
         )
     return length
 

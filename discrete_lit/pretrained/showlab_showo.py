@@ -1,12 +1,11 @@
 """Show-o, of showlab/Show-o: `showo`, Phi-1.5 over text and masked images."""
 
 from collections.abc import Callable, Sequence
-from math import isqrt
 
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, TextPart, register
-from discrete_lit.pretrained.layouts import IN_TRAINING, head_count, in_blocks, sampled_by
+from discrete_lit.pretrained.layouts import IN_TRAINING, given_length, head_count, in_blocks, sampled_by, square
 from discrete_lit.pretrained.llama_layout import ABOUT_THE_FILE, FILE_KEYS, ids_of, unified_conversion
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
@@ -40,10 +39,7 @@ def showo(state: State, settings: Settings) -> Conversion:
     settings.agree({"vocab_size": language.size, "mask_token_id": language.size - 1, "w_clip_vit": False})
     settings.without_effect(ABOUT_THE_FILE, "_class_name", "_diffusers_version", "llm_model_path", *FILE_KEYS)
     length = settings.take("max_seq_length", 128)
-    count = settings.take("num_vq_tokens", 256)
-    if count < 1 or isqrt(count) ** 2 != count:
-        raise ValueError(f"reference_config has num_vq_tokens={count}, which is no square grid")
-    grid = (isqrt(count), isqrt(count))
+    grid = square(state, given_length(settings, 256, name="num_vq_tokens"))
     steps = settings.take("timesteps", 18)
     end = ids_of(settings.tokens, _END_OF_TEXT)[0]
     # Of a tokenizer.json without them, they stand behind its tokens.
