@@ -82,12 +82,17 @@ def test_one_of_many_jobs_lays_out(tmp_path: Path) -> None:
     made: list[int] = []
 
     def begin(number: int) -> None:
-        parts = PartsFolder(tmp_path, "sample")
-        parts.begin(Part(number, 6), {"seed": 1, "size": (8, 8)}, lambda: made.append(number))
-        parts.finish(Part(number, 6), {"sha256": str(number)})
+        PartsFolder(tmp_path, "sample").begin(
+            Part(number, 6), {"seed": 1, "size": (8, 8)}, lambda: made.append(number)
+        )
+
+    def finish(number: int) -> None:
+        PartsFolder(tmp_path, "sample").finish(Part(number, 6), {"sha256": str(number)})
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(begin, [1, 2, 4, 5, 6, 1]))
+        # A part has one writer at a time: a command holds the lock of its part.
+        list(pool.map(finish, [1, 2, 4, 5, 6]))
     parts = PartsFolder(tmp_path, "sample")
     assert len(made) == 1 and parts.missing() == [3] and parts.facts(Part(5, 6)) == {"sha256": "5"}
     assert parts.facts(Part(3, 6)) is None
