@@ -21,6 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from discrete_lit.core.modules import whole_batch_terms
+
 _DECAYED = (
     nn.Linear,
     nn.Conv1d,
@@ -357,6 +359,31 @@ def micro_batches_of(module: LightningModule) -> int:
         return getattr(module.trainer, "accumulate_grad_batches", 1)
     except RuntimeError:  # Lightning's, of a module without a Trainer
         return 1
+
+
+Accumulation = Literal["exact", "by_micro_batch"]
+"""How a step of several accumulated micro-batches is computed: that of one batch of all their samples (`"exact"`), or
+what needs all samples of a batch at once of each micro-batch by itself (`"by_micro_batch"`)."""
+
+
+def check_accumulation(module: LightningModule, accumulation: Accumulation) -> None:
+    """Refuse accumulated micro-batches that would be another training than one batch of all their samples.
+
+    Raises:
+        ValueError: an unknown `accumulation`, or an exact one of what needs all samples at once.
+    """
+    if accumulation not in get_args(Accumulation):
+        raise ValueError(f"accumulation must be one of {', '.join(get_args(Accumulation))}, got {accumulation!r}")
+    count = micro_batches_of(module)
+    terms = whole_batch_terms(module)
+    if count > 1 and terms and accumulation == "exact":
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {count}, and a step of {count} batches would not be that of one batch "
+            f"of all their samples. These are computed from all samples of a batch at once: {'; '.join(terms)}. Set "
+            f"trainer.accumulate_grad_batches to 1 and data.init_args.batch_size {count} times as large, or "
+            "model.init_args.accumulation to by_micro_batch, which computes them of each micro-batch, as published "
+            "code does"
+        )
 
 
 def is_trained(module: LightningModule) -> bool:

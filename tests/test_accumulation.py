@@ -7,16 +7,24 @@ from typing import Any
 import pytest
 import torch
 from helpers import latent_generators
-from helpers.precision_cases import SIDE, convolutional, make_generator, make_tokenizer
+from helpers.precision_cases import SIDE, TIMED, convolutional, make_generator, make_tokenizer, on_grid
 from helpers.random_weights import randomise
+from helpers.segment_layouts import Words
+from helpers.sounds import waveforms
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from discrete_lit.tokenizers import RQVAE, VQVAE
+from discrete_lit.backbones import SegmentTransformer, Transformer
+from discrete_lit.diffusion import MaskAndReplaceProcess, MaskAndReplaceSchedule, PosteriorHead, VQDiffusionLoss
+from discrete_lit.generators import BitwiseNextScale, DelayedAutoregressive, DiscreteDiffusion, Unified
+from discrete_lit.optimization import check_accumulation
+from discrete_lit.tokenizers import RQVAE, VQVAE, EnCodec, PixelLevels, RawPixels, TokenGrid
+from discrete_lit.tokenizers.losses import GradientBalancer, MultiScaleSTFTDiscriminator, SpectrogramAdversarialLoss
 from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss, LeCam
 from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
+from discrete_lit.tokenizers.networks import ConvAutoencoder, SEANet
 from discrete_lit.tokenizers.quantizers import GumbelQuantizer, ResidualQuantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -68,15 +76,48 @@ def images() -> list[Any]:
     return [{"image": image, "index": number} for number, image in enumerate(pixels)]
 
 
-FAMILIES = [
-    *("Masked", "Masked, MaskBit", "Masked, Halton-MaskGIT", "DiscreteDiffusion, uniform", "NextScale"),
-    *("Autoregressive, RAR", "Autoregressive, BAR", "Autoregressive, BitDance", "Autoregressive, Open-MAGVIT2"),
-]
+def vq_diffusion() -> Any:
+    """As long trained as its steps are drawn by what they cost."""
+    made = on_grid(
+        DiscreteDiffusion,
+        schedule=MaskAndReplaceSchedule(4, first=0.9, last=0.1),
+        process=lambda size: MaskAndReplaceProcess(size, first=(0.9, 0.05), last=(0.1, 0.8)),
+        head=PosteriorHead(),
+        loss=VQDiffusionLoss(4),
+        **TIMED,
+    )
+    made.importance.counts.fill_(11)
+    made.importance.squares.copy_(torch.tensor([9.0, 1.0, 4.0, 16.0]))
+    return randomise(made, 0.3)
+
+
+def bitwise() -> Any:
+    network = partial(Transformer, width=16, depth=1, heads=2)
+    return randomise(BitwiseNextScale(TokenGrid(4, (3,)), 2, num_classes=2, scales=(1, (1, 2)), backbone=network), 0.3)
+
+
+def delayed() -> Any:
+    network = partial(Transformer, width=16, depth=1, heads=2, conditioning="added")
+    return randomise(DelayedAutoregressive(TokenGrid(6, (5, 3)), 8, num_classes=2, backbone=network), 0.3)
+
+
+FAMILIES: dict[str, Any] = {
+    **{
+        name: partial(make_generator, name)
+        for name in (
+            *("Masked", "Masked, MaskBit", "Masked, Halton-MaskGIT", "DiscreteDiffusion, uniform", "NextScale"),
+            *("Autoregressive, RAR", "Autoregressive, BAR", "Autoregressive, BitDance", "Autoregressive, Open-MAGVIT2"),
+        )
+    },
+    "VQ-Diffusion": vq_diffusion,
+    "BitwiseNextScale": bitwise,
+    "DelayedAutoregressive": delayed,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_generators(family: str) -> None:
-    generator = make_generator(family)
+    generator = FAMILIES[family]()
     generator.optimizer = partial(torch.optim.SGD, lr=1.0)
     assert_same_step(generator, tokens_of(generator), batch=3, accumulated=4)
 
@@ -136,6 +177,139 @@ def test_what_a_discriminator_is_shown() -> None:
         optimizer=partial(torch.optim.SGD, lr=0.1),
     )
     assert_same_step(randomise(made, 0.3), images(), batch=3, accumulated=4)
+
+
+def codec(**settings: Any) -> EnCodec:
+    network = partial(SEANet, filters=4, ratios=(4, 2), kernel=5, last_kernel=3)
+    given: dict[str, Any] = {"codebook_size": 8, "code_dim": 4, "depth": 2, "codebook_init": "normal", **settings}
+    made = EnCodec(network, **given, sample_rate=8000, spectral_windows=(5, 6))
+    return randomise(made, 0.3)
+
+
+def test_a_codec_and_a_tokenizer_of_clips() -> None:
+    rows: list[Any] = [{"audio": one, "index": number} for number, one in enumerate(waveforms(ROWS, 1, 160))]
+    made = codec(optimizer=partial(torch.optim.SGD, lr=0.1), training_books=[1, 2])
+    before = made.quantizer.codebooks[0].codes.clone()
+    after = assert_same_step(made, rows, batch=3, accumulated=4)
+    assert not torch.equal(after.quantizer.codebooks[0].codes, before)
+
+    network = partial(
+        ConvAutoencoder, image_channels=1, channels=4, multipliers=(1, 1), time_levels=(0,), blocks=1, norm_groups=4
+    )
+    clips = torch.rand(ROWS, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    of_clips = VQVAE(
+        partial(network, attention=False, dims=3, causal=True),
+        codebook_size=8,
+        code_dim=4,
+        codebook_init="normal",
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    rows = [{"video": clip, "index": number} for number, clip in enumerate(clips)]
+    assert_same_step(randomise(of_clips, 0.3), rows, batch=3, accumulated=4)
+
+
+def unified(**settings: Any) -> tuple[Unified, list[Any]]:
+    """A model of two grey pixels and captions of none to two words, and data for it."""
+    given: dict[str, Any] = {"tokenizer": PixelLevels(2, image_channels=1), "image_size": [1, 2], **settings}
+    made = Unified(
+        **given,
+        text_tokenizer=Words(("black", "white")),
+        text_length=4,
+        backbone=partial(SegmentTransformer, width=16, depth=1, heads=2),
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+    )
+    captions = ("", "black", "white black")
+    images = torch.rand(ROWS, 1, *made.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = [{"image": one, "caption": captions[n % 3], "index": n} for n, one in enumerate(images)]
+    return randomise(made, 0.3), rows
+
+
+def test_ids_of_texts_and_images() -> None:
+    made, rows = unified(z_loss=1e-2)
+    assert_same_step(made, rows, batch=4, accumulated=3)
+
+
+def without_quantizer_terms(**settings: Any) -> VQVAE:
+    return VQVAE(convolutional, codebook_size=8, code_dim=4, codebook_init="normal", **settings)
+
+
+def discriminated(norm: Any = "group", **settings: Any) -> VQVAE:
+    given: dict[str, Any] = {"adaptive": False, **settings}
+    return without_quantizer_terms(adversarial_loss=AdversarialLoss(PatchGAN(width=4, layers=1, norm=norm), **given))
+
+
+def of_sounds(**settings: Any) -> EnCodec:
+    discriminator = MultiScaleSTFTDiscriminator(windows=(32,), channels=2)
+    return codec(adversarial_loss=SpectrogramAdversarialLoss(discriminator, **settings))
+
+
+WHOLE: dict[str, tuple[Any, str]] = {
+    "batch norm": (partial(discriminated, "batch"), "batch norms"),
+    "batch norm of all ranks": (partial(discriminated, "sync"), "batch norms"),
+    "adaptive weight": (partial(discriminated, adaptive=True), "the adaptive weight of the adversarial loss (adaptive)"),
+    "LeCam": (partial(discriminated, lecam_weight=0.1), "the means of LeCam (lecam_weight)"),
+    "LFQ": (partial(make_tokenizer, "LFQ"), "the batch entropy (entropy_weight)"),
+    "BSQ": (partial(make_tokenizer, "VQGAN with BSQ"), "the batch entropy (entropy_weight)"),
+    "IBQ": (partial(make_tokenizer, "VQGAN with IBQ"), "the batch entropy (entropy_weight)"),
+    "RQ-VAE": (partial(make_tokenizer, "RQVAE"), "a codebook that moves from depth to depth"),
+    "features": (of_sounds, "the distance of features, a ratio of means (feature_weight)"),
+    "balancer": (lambda: codec(balancer=GradientBalancer()), "the balancer of gradients (balancer)"),
+    "masked images beside texts": (
+        lambda: unified(image_prediction="masked")[0],
+        "two means, of the ids of captions and of images (image_weight)",
+    ),
+    "latents beside texts": (lambda: unified(tokenizer=RawPixels(1))[0], "two means, of the ids of captions"),
+}
+
+
+@pytest.mark.parametrize("part", WHOLE)
+def test_what_needs_the_whole_batch_is_refused(part: str) -> None:
+    make, named = WHOLE[part]
+    trainer = Trainer(accumulate_grad_batches=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    made = make().train()
+    made.trainer = trainer
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches is 4.*accumulation to by_micro_batch") as refused:
+        check_accumulation(made, made.accumulation)
+    assert named in str(refused.value)
+    check_accumulation(made, "by_micro_batch")
+    with pytest.raises(ValueError, match=r"accumulation must be one of exact, by_micro_batch, got 'each'"):
+        check_accumulation(made, "each")  # type: ignore[arg-type]
+    made.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    check_accumulation(made, "exact")
+
+
+def test_what_needs_no_whole_batch_is_not_refused() -> None:
+    """A frozen tokenizer's losses, and settings that leave the terms out."""
+    trainer: Any = Trainer(accumulate_grad_batches=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    frozen = Unified(
+        make_tokenizer("LFQ"),
+        SIDE,
+        text_tokenizer=Words(("black",)),
+        text_length=3,
+        backbone=partial(SegmentTransformer, width=16, depth=1, heads=2),
+    )
+    for made in (frozen, discriminated(), codec(), of_sounds(feature_weight=0.0)):
+        made.train().trainer = trainer
+        check_accumulation(made, "exact")
+
+
+@pytest.mark.parametrize("part", ["LFQ", "masked images beside texts", "latents beside texts"])
+def test_each_micro_batch_by_itself(part: str) -> None:
+    """A mean over equal micro-batches, also where the captions of one of them are all dropped."""
+    if part == "LFQ":
+        made, rows = make_tokenizer("LFQ"), images()
+    else:
+        settings: dict[str, Any] = {"tokenizer": RawPixels(1)} if "latents" in part else {"image_prediction": "masked"}
+        made, rows = unified(label_dropout=1.0, **settings)
+    with pytest.raises(ValueError, match="accumulation to by_micro_batch"):
+        one_step(made, rows, batch=3, accumulated=4)
+    made.accumulation = "by_micro_batch"
+    made.optimizer = partial(torch.optim.SGD, lr=1.0)
+    found = moved(one_step(made, rows, batch=3, accumulated=4), made)
+    apart = [moved(one_step(made, rows[at : at + 3], batch=3, accumulated=1), made) for at in range(0, ROWS, 3)]
+    expected = torch.stack(apart).mean(dim=0)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def halves(quantizer: Any, latents: Tensor) -> list[Any]:

@@ -77,6 +77,7 @@ def quiet() -> Iterator[None]:
 def waits_of(module: LightningModule, batch: dict[str, Any], *, callbacks: Any = (), **settings: Any) -> dict[str, int]:
     together = settings.get("accumulate_grad_batches", 1)
     module.optimizer = partial(torch.optim.AdamW, lr=1e-3, fused=True)  # type: ignore[assignment]
+    module.accumulation = "by_micro_batch"  # type: ignore[assignment]
     counting = OneStep(first=2 * together, batches=together)
     trainer = Trainer(
         accelerator="cpu",

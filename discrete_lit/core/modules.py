@@ -7,10 +7,11 @@ narrowed, and within `full_precision` products of float32 numbers are what they 
 
 Mode. Samples, likelihoods and codes are those of evaluation mode, whatever mode the module is in: `in_evaluation`.
 
-Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`.
+Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`. What
+no micro-batches can give is an `OfWholeBatch`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -108,6 +109,30 @@ class RunningStatistics(FullPrecision):
 
     def forget_step(self) -> None:
         """Forget what was seen since the last step, as where the step is not taken."""
+
+
+class OfWholeBatch:
+    """A part of a training step that is no mean over samples: it is computed from all samples of a batch at once.
+
+    So no accumulated micro-batches give it; `discrete_lit.optimization.check_accumulation` asks.
+    """
+
+    def whole_batch_terms(self) -> Iterable[str]:
+        """Name, for a message, what is computed of a whole batch; nothing where the settings have no such thing."""
+        return ()
+
+
+def whole_batch_terms(module: nn.Module) -> list[str]:
+    """Name what the trained parts of a module compute from all samples of a batch at once, batch norms among it."""
+    found: list[str] = []
+    for part in module.modules():
+        if not part.training:
+            continue
+        if isinstance(part, OfWholeBatch):
+            found += part.whole_batch_terms()
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+            found.append("batch norms")
+    return list(dict.fromkeys(found))
 
 
 def accumulate_statistics(module: nn.Module, accumulating: bool) -> None:

@@ -60,6 +60,8 @@ class DiffusionLoss(ABC):
     """The kinds of head that the loss accepts."""
     kind: LossKind
     """Whether the loss is a bound if noise goes all the way; `label` looks at the schedule too."""
+    known_tokens: bool = False
+    """Whether tokens that noise left cost something too, where it only masks and they are known."""
     importance: nn.Module | None = None
     """The module that learns which levels cost most, kept with a generator's weights; None for most losses."""
 
@@ -106,7 +108,7 @@ class DiffusionLoss(ABC):
         """
         self.check(head, process)
         length = tokens.shape[1]
-        if is_absorbing(process):
+        if is_absorbing(process) and not self.known_tokens:
             # A token that the noise left is known, and costs nothing. How many there are the host must wait for: it
             # costs less than half the passes over wide logits would.
             positions = (states == process.mask_id).flatten().nonzero()[:, 0]
@@ -445,13 +447,14 @@ class HybridBound(DiscreteTimeBound):
     """D3PM's training loss L_lambda: the bound of T steps, with a part of the cross-entropy of x_0 given x_t added.
 
     (Austin et al., 2021, eq. 5.) The value is T (KL + lambda CE). The paper's lambda weighs the cross-entropy against
-    the KL of one step, as its code does; here both are on the scale of the bound, the sum over T steps. The
-    cross-entropy is that of all tokens, or of the masked ones where noise only masks. It pulls the head from the
-    leave-one-out posterior towards the posterior.
+    the KL of one step, as its code does; here both are on the scale of the bound, the sum over T steps. It pulls the
+    head from the leave-one-out posterior towards the posterior.
 
     Args:
         steps: T >= 1.
         cross_entropy_weight: lambda >= 0; the paper's is 0.001 for images, 0.01 for text8.
+        known_tokens: where noise only masks, count the cross-entropy of tokens that it left too, as D3PM's code does:
+            no sampler reads these predictions, but the network learns to copy.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -459,8 +462,11 @@ class HybridBound(DiscreteTimeBound):
 
     kind = "not a bound"
 
-    def __init__(self, steps: int, cross_entropy_weight: float = 0.001) -> None:
+    def __init__(
+        self, steps: int, cross_entropy_weight: float = 0.001, *, known_tokens: bool = False
+    ) -> None:
         super().__init__(steps)
+        self.known_tokens = known_tokens
         if cross_entropy_weight < 0:
             raise ValueError(f"cross_entropy_weight must be >= 0, got {cross_entropy_weight}")
         self.cross_entropy_weight = cross_entropy_weight

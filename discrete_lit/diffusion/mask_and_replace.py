@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from discrete_lit.core.distributed import all_gather_rows
+from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.diffusion.divergences import gather
 from discrete_lit.diffusion.losses import (
     DiscreteTimeBound,
@@ -219,7 +220,7 @@ class DrawnStep(StepLevel):
     """The weight of its cost, float64: 1 / (T p), p the probability that it was drawn with."""
 
 
-class StepImportance(nn.Module):
+class StepImportance(RunningStatistics):
     """Draws steps by the root of their mean squared cost (Nichol & Dhariwal, "Improved DDPM", 2021, section 3.3).
 
     Until each step was seen more than 10 times, all are drawn alike; and always in eval mode. The cost of the step that
@@ -236,6 +237,7 @@ class StepImportance(nn.Module):
         super().__init__()
         self.register_buffer("squares", torch.zeros(steps))
         self.register_buffer("counts", torch.zeros(steps))
+        self._seen: list[Tensor] = []
 
     def probabilities(self) -> Tensor:
         """Return the probability of each step, `(T,)` float64."""
@@ -256,11 +258,25 @@ class StepImportance(nn.Module):
     def observe(self, steps: Tensor, costs: Tensor) -> None:
         """Learn what steps cost: a running mean of squares, of which what is new is a tenth.
 
+        While `accumulating`, `end_step` learns it.
+
         Args:
             steps: `(B,)` int64.
             costs: `(B,)` nats of a sequence.
         """
-        rows = all_gather_rows(torch.stack((steps.double(), costs.double()), dim=-1))
+        self._seen.append(torch.stack((steps.double(), costs.double()), dim=-1))
+        if not self.accumulating:
+            self.end_step()
+
+    def forget_step(self) -> None:
+        self._seen = []
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        rows = all_gather_rows(torch.cat(seen))
         steps, squares = rows[:, 0].long(), rows[:, 1] ** 2
         counts = torch.zeros(len(self.counts), dtype=torch.float64, device=rows.device)
         sums, counts = counts.index_add(0, steps, squares), counts.index_add(0, steps, torch.ones_like(squares))

@@ -21,11 +21,14 @@ from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
+from discrete_lit.core.modules import accumulate_statistics, end_statistics_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import (
     AccumulatedMean,
+    Accumulation,
     WeightDecayRule,
+    check_accumulation,
     configure_optimizers,
     evaluation_stage,
     is_trained,
@@ -59,6 +62,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         seed: of corruption, orders, label dropout, and what a likelihood draws.
         text_encoder: frozen here; turns the `"caption"` of a batch into the `"context"` that a backbone with a
             `context_dim` attends to. A checkpoint carries it. With one class the labels of the data are not read.
+        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of all
+            their samples, or refused; `"by_micro_batch"` takes the mean of their losses where it cannot be.
         text_transformer: trained with the backbone, between the text encoder and it: called with the encoder's width
             and, of `TextIds`, its number of ids. The backbone then attends to what this makes.
 
@@ -110,6 +115,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         seed: int = 0,
         text_encoder: TextEncoder | None = None,
         text_transformer: Callable[[int, int | None], TextTransformer] | None = None,
+        accumulation: Accumulation = "exact",
     ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -131,6 +137,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         if text_transformer is not None and text_encoder is not None:
             self.text_transformer = text_transformer(text_encoder.dim, text_encoder.id_count)
         self.profile = BinnedMean(_PROFILE_BINS)
+        self.accumulation: Accumulation = accumulation
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self._sharded = False
@@ -393,6 +400,7 @@ class ClassConditionalTraining(LightningModule, ABC):
             check()
         if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
             self.accumulated.end_step(self.parameters(), self.micro_batches)
+            end_statistics_step(self)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
@@ -487,6 +495,9 @@ class ClassConditionalTraining(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse latents for ids and the other way round, data of another image size, arrays of another tokenizer, and
         labels without a class here."""
+        if stage == "fit":
+            check_accumulation(self, self.accumulation)
+            accumulate_statistics(self, micro_batches_of(self) > 1)
         # That labels are looked at before the transfer concerns nobody; a DataModule's own hook still goes first.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
         data = getattr(self.trainer, "datamodule", None)

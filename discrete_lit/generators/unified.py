@@ -30,7 +30,7 @@ from discrete_lit.backbones.segments import PositionCount, SegmentLayout
 from discrete_lit.backbones.vision_encoder import VisionEncoder
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, normal_size
-from discrete_lit.core.modules import at_least_float32, in_evaluation
+from discrete_lit.core.modules import OfWholeBatch, at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
@@ -70,7 +70,7 @@ class UnifiedOutput(SamplerOutput):
 
 
 @loadable
-class Unified(TextAndImageSequences):
+class Unified(TextAndImageSequences, OfWholeBatch):
     """Model the sequence of a caption and an image, or of an image and its caption, one element after another.
 
     A batch is `{"image": (B, C, H, W), "caption": ...}`, which the frozen tokenizer encodes, or has its ids,
@@ -340,8 +340,13 @@ class Unified(TextAndImageSequences):
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
         losses = self.segment_losses(data, condition, random, dropped=dropped)
-        total, terms, self.loss_weight = mean_loss(losses, island_weight=self.image_weight, z_loss=self.z_loss)
+        total, terms, weight = mean_loss(losses, island_weight=self.image_weight, z_loss=self.z_loss)
+        # Two means by two weights, whose ratio changes with the captions, are no mean by one.
+        self.loss_weight = float(len(data)) if self.apart else weight
         return total, terms
+
+    def whole_batch_terms(self) -> list[str]:
+        return ["two means, of the ids of captions and of images (image_weight)"] if self.apart else []
 
     def segment_losses(
         self, data: Tensor, captions: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None

@@ -31,7 +31,9 @@ from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.metrics.video import temporal_difference_error
 from discrete_lit.optimization import (
     AccumulatedMean,
+    Accumulation,
     WeightDecayRule,
+    check_accumulation,
     configure_apart,
     configure_optimizers,
     evaluation_stage,
@@ -86,6 +88,10 @@ class ImageAutoencoder(LightningModule):
             `discrete_lit.optimization.decayed_parameters`.
         initialization: first weights of the layers of network and quantizer, see `networks.initialise_layers`; None
             leaves what these begin with. Codes are `codebook_init`'s.
+        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of all
+            their samples, and what cannot be is refused: batch norms, adaptive weights, batch entropies, LeCam, a
+            balancer, a codebook that moves between residual depths. `"by_micro_batch"` takes these of each micro-batch
+            by itself, as published code does.
     """
 
     modality: Literal["image", "audio", "video"]
@@ -102,6 +108,7 @@ class ImageAutoencoder(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         weight_decay_rule: WeightDecayRule = "linear",
         initialization: LayerInitialization | None = None,
+        accumulation: Accumulation = "exact",
     ) -> None:
         super().__init__()
         initialise_layers(network, initialization)
@@ -118,6 +125,7 @@ class ImageAutoencoder(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.weight_decay_rule: WeightDecayRule = weight_decay_rule
+        self.accumulation: Accumulation = accumulation
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self.psnr = Mean()
@@ -212,6 +220,8 @@ class ImageAutoencoder(LightningModule):
     # Its training by Lightning.
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_accumulation(self, self.accumulation)
         if stage in ("fit", "validate", "test"):
             self.objective.prepare()
 

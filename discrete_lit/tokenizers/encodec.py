@@ -22,7 +22,7 @@ from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.spectral import SCALES, SISNR, SpectralDistance
-from discrete_lit.optimization import WeightDecayRule, evaluation_stage
+from discrete_lit.optimization import Accumulation, WeightDecayRule, evaluation_stage
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
@@ -58,7 +58,7 @@ class EnCodec(AutoencoderTokenizer):
         balancer: of the gradients at the decoder's output; None adds them up by their weights.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
-        weight_decay_rule: see `ImageAutoencoder`.
+        weight_decay_rule, accumulation: see `ImageAutoencoder`.
 
     Raises:
         ValueError: a setting out of its range, or more books than there are codebooks.
@@ -91,6 +91,7 @@ class EnCodec(AutoencoderTokenizer):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         weight_decay_rule: WeightDecayRule = "linear",
+        accumulation: Accumulation = "exact",
     ) -> None:
         quantizer = ResidualQuantizer(
             codebook_size,
@@ -103,7 +104,12 @@ class EnCodec(AutoencoderTokenizer):
             revive_below=revive_below,
         )
         super().__init__(
-            network, quantizer, optimizer=optimizer, scheduler=scheduler, weight_decay_rule=weight_decay_rule
+            network,
+            quantizer,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            weight_decay_rule=weight_decay_rule,
+            accumulation=accumulation,
         )
         if sample_rate < 1:
             raise ValueError(f"sample_rate must be at least 1 hertz, got {sample_rate}")

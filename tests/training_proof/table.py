@@ -32,7 +32,9 @@ would make another. The authors' side is written out in closed form, with the co
 
 - **Loss and gradient**: the case of reference outputs, computed by the authors' own code at tiny random weights, that
   tests/pretrained/test_golden.py compares: which losses, how many gradients. Where a case has none, what it has; equal
-  logits say nothing of a loss.
+  logits say nothing of a loss. *By their formula*: their loss, written out in
+  [tests/training_proof/losses.py](../tests/training_proof/losses.py), of the logits of our network in a training step of
+  the recipe, and its gradient at these.
 - **Schedule**: the peak learning rate, and the largest difference from the authors' formula at ten steps of the run and
   at its last, as a share of the peak; of one that follows the loss, on a loss that stays. Then what gradients are
   clipped at.
@@ -50,7 +52,7 @@ LlamaGen leave on in training, is off; VAR's vectors of positions, of scales and
 state of Adam; times of SEDD are spread evenly over a batch instead of drawn apart.
 
 ✓: as the authors' code. ✗: another; then what theirs is, and why. *Not published*: the authors released no training
-code, or not that part. *Not compared*: released, but not read here. *Our choice*: the recipe says so.
+code, or not that part. *Our choice*: the recipe says so.
 
 """
 
@@ -72,7 +74,7 @@ def cells(recipe: str) -> dict[str, str]:
     """Give the cells of a recipe by column."""
     law = published(recipe)
     if law is None:
-        return dict.fromkeys(COLUMNS, "not compared")
+        return dict.fromkeys(COLUMNS, "not compared")  # a test refuses it
     made = (_golden(law), _schedule(recipe, law), _groups(recipe, law), _crop(recipe, law), _average(recipe, law))
     found = dict(zip(COLUMNS, (*made, _weights(recipe, law)), strict=True))
     return {

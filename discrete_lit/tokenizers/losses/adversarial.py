@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
-from discrete_lit.core.modules import RunningStatistics, at_least_float32
+from discrete_lit.core.modules import OfWholeBatch, RunningStatistics, at_least_float32
 from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
@@ -131,7 +131,7 @@ class AdversarialTerms:
     """Scalars that are worth a curve beside the losses: the mean logits of images and of reconstructions."""
 
 
-class AdversarialLoss(nn.Module):
+class AdversarialLoss(nn.Module, OfWholeBatch):
     """Train a discriminator, and take from it a gradient on the decoder's outputs (Esser et al. 2021, section 3.1).
 
     The discriminator's optimizer is the autoencoder's, in parameter groups of its own; it sees the reconstructions that
@@ -144,8 +144,8 @@ class AdversarialLoss(nn.Module):
     Args:
         discriminator: gives logits of images and of reconstructions.
         weight: of the generator's term; the paper's 0.8 goes with `adaptive`.
-        adaptive: multiply the weight by eq. 7, of each micro-batch by itself: `true` for the defaults of
-            `AdaptiveWeight`, or its settings, as `{reduction: sum}`.
+        adaptive: multiply the weight by eq. 7: `true` for the defaults of `AdaptiveWeight`, or its settings, as
+            `{reduction: sum}`.
         start_step: first step at which the generator meets the discriminator; the paper starts once the reconstruction
             has settled.
         warmup_steps: the generator's term grows linearly to its weight over them, so that the discriminator does not
@@ -260,6 +260,10 @@ class AdversarialLoss(nn.Module):
         if step < self.start_step:
             return 0.0
         return min(1.0, (step - self.start_step + 1) / (self.warmup_steps + 1))
+
+    def whole_batch_terms(self) -> Iterator[str]:
+        if self.adaptive is not None:
+            yield "the adaptive weight of the adversarial loss (adaptive)"
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         """The discriminator's trained parameters, in the order of `AdversarialTerms.gradients`."""
@@ -389,7 +393,7 @@ def generator_loss(kind: GeneratorLoss, fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
-class LeCam(RunningStatistics):
+class LeCam(RunningStatistics, OfWholeBatch):
     """LeCam regularisation (Tseng et al., "Regularizing GANs Under Limited Data", CVPR 2021, eq. 4 and 5).
 
     Keeps the logits of either kind near the running mean of the other kind's. As in the authors' code, only where they
@@ -432,6 +436,9 @@ class LeCam(RunningStatistics):
         if not self.accumulating:
             self.end_step()
         return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
+
+    def whole_batch_terms(self) -> tuple[str]:
+        return ("the means of LeCam (lecam_weight)",)
 
     def _moved(self) -> Tensor:
         """The two means `(2,)` behind a step of the batches seen."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
-from discrete_lit.core.modules import FullPrecision, at_least_float32
+from discrete_lit.core.modules import FullPrecision, OfWholeBatch, at_least_float32
 from discrete_lit.tokenizers.losses.adversarial import take_gradients
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
 
@@ -27,7 +27,7 @@ _LEAST_GRADIENT = 1e-4
 _LARGEST_WEIGHT = 1e8
 
 
-class AlignmentLoss(FullPrecision):
+class AlignmentLoss(FullPrecision, OfWholeBatch):
     """Compare latents with the features of a frozen network of timm at the same places.
 
     The features are those behind the network's last layer and norm, without class or register tokens. Images are
@@ -42,8 +42,7 @@ class AlignmentLoss(FullPrecision):
         weight: of both terms together.
         cosine_margin: m1; cosines above `1 - m1` cost nothing.
         distance_margin: m2; cosines of two places that differ by less cost nothing.
-        adaptive: multiply the weight by the ratio of the gradients, at most 1e8, of the joint batch of all ranks (of
-            each micro-batch by itself).
+        adaptive: multiply the weight by the ratio of the gradients, at most 1e8, of the joint batch of all ranks.
         project: the trained linear map, of the `latents` to the width of the features, without bias, or of the
             `features` to that of the latents.
         feature_dim: width of the features; None asks timm's network.
@@ -105,6 +104,9 @@ class AlignmentLoss(FullPrecision):
                 f"alignment_loss.model_name={self.model_name!r} has features of width {width}, and feature_dim is "
                 f"{self.feature_dim}"
             )
+
+    def whole_batch_terms(self) -> list[str]:
+        return ["the adaptive weight of the alignment loss (adaptive)"] if self.adaptive else []
 
     def forward(self, latents: Tensor, images: Tensor) -> Tensor:
         """Both terms together, without the weight: a scalar, float32 or better.

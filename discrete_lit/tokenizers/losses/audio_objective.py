@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
-from discrete_lit.core.modules import FullPrecision
+from discrete_lit.core.modules import FullPrecision, OfWholeBatch
 from discrete_lit.metrics.spectral import SCALES, MultiScaleSpectralDistance
 from discrete_lit.tokenizers.losses.adversarial import take_gradients, with_known_gradients
 from discrete_lit.tokenizers.losses.objective import ObjectiveTerms
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
 
 
-class GradientBalancer(nn.Module):
+class GradientBalancer(nn.Module, OfWholeBatch):
     """Add up the gradients of several losses, each with a fixed share (eq. 4).
 
     The norm of a gradient is that of a clip, averaged over the batch and over ranks. Its running mean is corrected for
@@ -48,6 +48,9 @@ class GradientBalancer(nn.Module):
         for name in names:
             self.register_buffer(f"norm_{name}", torch.zeros((), dtype=torch.float64))
             self.register_buffer(f"weight_{name}", torch.zeros((), dtype=torch.float64))
+
+    def whole_batch_terms(self) -> tuple[str]:
+        return ("the balancer of gradients (balancer)",)
 
     @torch.no_grad()
     def forward(self, gradients: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -11,7 +11,7 @@ with D^l the feature maps of layer l. When each trains, and how one backward pas
 rate of its own (`learning_rate_factor`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,6 +179,10 @@ class SpectrogramAdversarialLoss(AdversarialLoss):
             weight_decay=weight_decay,
         )
         self.feature_weight = feature_weight
+
+    def whole_batch_terms(self) -> Iterator[str]:
+        if self.feature_weight:
+            yield "the distance of features, a ratio of means (feature_weight)"
 
     def forward(  # type: ignore[override]
         self, outputs: Tensor, images: Tensor, step: int, *, index: Tensor | None = None

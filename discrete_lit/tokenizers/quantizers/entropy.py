@@ -8,8 +8,8 @@ z chooses code k with probability p(k | z), a softmax of affinities, and
 lowers the per-sample entropy, so that the choice is clear, and raises the batch entropy, so that every code is chosen.
 Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm. With
 `across_ranks=False` it is each rank's own, as in Open-MAGVIT2, IBQ and MaskBit: the batch entropy is then smaller, and
-pushes harder where a rank has few latents for the codes. Where the gradients of micro-batches are accumulated, it is
-the micro-batch: its entropy needs all probabilities at once.
+pushes harder where a rank has few latents for the codes. Its entropy needs all probabilities at once, so accumulated
+micro-batches are refused, or each has its own (`accumulation="by_micro_batch"`).
 """
 
 from typing import Any

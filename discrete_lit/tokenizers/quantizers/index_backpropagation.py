@@ -13,14 +13,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.modules import full_precision
+from discrete_lit.core.modules import OfWholeBatch, full_precision
 from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
 from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.nearest import largest_product
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 
-class IndexBackpropagationQuantizer(Quantizer):
+class IndexBackpropagationQuantizer(Quantizer, OfWholeBatch):
     """Replace each latent by the code with the largest dot product, whose gradient reaches all codes.
 
     Three squared distances, each a mean over all elements, train both sides: `quantization`, `|z_q - z|^2` with the
@@ -83,6 +83,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         codes = torch.empty(codebook_size, dim)
         normal = codebook_init == "normal"
         self.codes = nn.Parameter(codes.normal_() if normal else codes.uniform_(-1 / codebook_size, 1 / codebook_size))
+
+    def whole_batch_terms(self) -> list[str]:
+        return ["the batch entropy (entropy_weight)"] if self.entropy_weight * self.batch_entropy_weight else []
 
     def forward(self, latents: Tensor) -> Quantized:
         with full_precision(latents.device):

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from discrete_lit.core.modules import full_precision
+from discrete_lit.core.modules import OfWholeBatch, full_precision
 from discrete_lit.tokenizers.quantizers.entropy import bits_entropy, joint_bits_entropy
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
@@ -30,7 +30,7 @@ BitOrder = Literal["first_least_significant", "first_most_significant"]
 _MOST_JOINT_BITS = 20
 
 
-class LookupFreeQuantizer(Quantizer):
+class LookupFreeQuantizer(Quantizer, OfWholeBatch):
     """Make each channel of a latent a bit of its id (LFQ): code +1 and bit 1 where it is above 0, else -1 and 0.
 
     A latent u has the affinity `2 u.c` to code c in {-1, 1}^bits, so with a temperature each bit is set with
@@ -106,6 +106,9 @@ class LookupFreeQuantizer(Quantizer):
         shifts = ascending if bit_order == "first_least_significant" else ascending.flip(0)
         # A saved buffer, so that a checkpoint says in which order its bits are.
         self.register_buffer("shifts", shifts)
+
+    def whole_batch_terms(self) -> list[str]:
+        return ["the batch entropy (entropy_weight)"] if self.entropy_weight * self.batch_entropy_weight else []
 
     def forward(self, latents: Tensor) -> Quantized:
         with full_precision(latents.device):

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.modules import full_precision
+from discrete_lit.core.modules import OfWholeBatch, full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
 from discrete_lit.tokenizers.quantizers.nearest import near_codes
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 
-class ResidualQuantizer(Quantizer):
+class ResidualQuantizer(Quantizer, OfWholeBatch):
     """Replace each latent by a sum of `depth` codes, each the nearest to what the codes before left of it.
 
     Ids are `(B, *grid, depth)`. The term `commitment` is the paper's, `|z - sg(z_d)|^2` with z_d the sum of the first d
@@ -86,6 +86,10 @@ class ResidualQuantizer(Quantizer):
         codebook = self.codebooks[number if len(self.codebooks) > 1 else 0]
         assert isinstance(codebook, Codebook)
         return codebook
+
+    def whole_batch_terms(self) -> list[str]:
+        moves = self.depth > 1 and len(self.codebooks) == 1 and self.codebook(0).counts_usage
+        return ["a codebook that moves from depth to depth (shared_codebook, codebook_update)"] if moves else []
 
     def forward(self, latents: Tensor, *, depth: int | None = None) -> Quantized:
         """Quantise latents `(B, *grid, D)`, with ids `(B, *grid, depth)`: by the first codes alone if `depth` is given.

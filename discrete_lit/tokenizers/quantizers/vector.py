@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.modules import full_precision
+from discrete_lit.core.modules import OfWholeBatch, full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
 from discrete_lit.tokenizers.quantizers.gradient_estimators import GRADIENTS
@@ -26,7 +26,7 @@ from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(Quantizer, OfWholeBatch):
     """Replace each latent by the nearest code of a codebook.
 
     The losses are those of eq. 3: `codebook`, `|sg(z_e) - e|^2` (only with `codebook_update="gradient"`), and
@@ -110,6 +110,9 @@ class VectorQuantizer(Quantizer):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.entropy_log_offset = entropy_log_offset
+
+    def whole_batch_terms(self) -> list[str]:
+        return ["the batch entropy (entropy_weight)"] if self.entropy_weight else []
 
     def forward(self, latents: Tensor) -> Quantized:
         with full_precision(latents.device):
