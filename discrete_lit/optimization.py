@@ -472,9 +472,11 @@ class WarmupDecay(LambdaLR, ABC):
         total_steps: batches until the final rate, which stays from there on.
         min_lr_factor: ratio of the final rate to the full one, in [0, 1].
         hold_steps: batches of the full rate between the warm-up and the decay.
+        final_weight_decay: of the groups that have a weight decay: it goes there along half a cosine, from the first
+            batch to the last of `total_steps` (VAR's largest model: 0.05 to 0.08); None leaves it as it is.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or a final weight decay of an optimizer that has none.
     """
 
     def __init__(
@@ -485,6 +487,7 @@ class WarmupDecay(LambdaLR, ABC):
         total_steps: int,
         min_lr_factor: float = 0.0,
         hold_steps: int = 0,
+        final_weight_decay: float | None = None,
     ) -> None:
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps}")
@@ -495,6 +498,15 @@ class WarmupDecay(LambdaLR, ABC):
             )
         if not 0 <= min_lr_factor <= 1:
             raise ValueError(f"min_lr_factor must lie in [0, 1], got {min_lr_factor}")
+        if final_weight_decay is not None and (
+            final_weight_decay < 0 or not any(group.get("weight_decay") for group in optimizer.param_groups)
+        ):
+            raise ValueError(
+                f"final_weight_decay must be >= 0, and the optimizer have a weight_decay to begin with: got "
+                f"{final_weight_decay} for {type(optimizer).__name__}"
+            )
+        self.total_steps, self.final_weight_decay = total_steps, final_weight_decay
+        self.first_weight_decays: list[float] = []
         decay_start = warmup_steps + hold_steps
 
         def ratio(step: int) -> float:
@@ -504,6 +516,19 @@ class WarmupDecay(LambdaLR, ABC):
             return min_lr_factor + (1 - min_lr_factor) * self.decay(progress)
 
         super().__init__(optimizer, ratio)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the next batch."""
+        super().step(epoch)
+        if self.final_weight_decay is None or self.last_epoch == 0:
+            return
+        groups = self.optimizer.param_groups
+        # Only now: a part, as a discriminator, may have been given another one behind the constructor.
+        self.first_weight_decays = self.first_weight_decays or [group["weight_decay"] for group in groups]
+        left = (1 + cos(pi * min(1.0, self.last_epoch / max(self.total_steps - 1, 1)))) / 2
+        for group, first in zip(groups, self.first_weight_decays, strict=True):
+            if first:
+                group["weight_decay"] = self.final_weight_decay + (first - self.final_weight_decay) * left
 
     @abstractmethod
     def decay(self, progress: float) -> float:

@@ -246,7 +246,10 @@ def of_sounds(**settings: Any) -> EnCodec:
 WHOLE: dict[str, tuple[Any, str]] = {
     "batch norm": (partial(discriminated, "batch"), "batch norms"),
     "batch norm of all ranks": (partial(discriminated, "sync"), "batch norms"),
-    "adaptive weight": (partial(discriminated, adaptive=True), "the adaptive weight of the adversarial loss (adaptive)"),
+    "adaptive weight": (
+        partial(discriminated, adaptive=True),
+        "the adaptive weight of the adversarial loss (adaptive)",
+    ),
     "LeCam": (partial(discriminated, lecam_weight=0.1), "the means of LeCam (lecam_weight)"),
     "LFQ": (partial(make_tokenizer, "LFQ"), "the batch entropy (entropy_weight)"),
     "BSQ": (partial(make_tokenizer, "VQGAN with BSQ"), "the batch entropy (entropy_weight)"),

@@ -277,6 +277,36 @@ def test_gradients_of_fused_steps_are_clipped(make_generator, monkeypatch, preci
     assert sum(float(p.grad.square().sum()) for p in generator.backbone.parameters()) ** 0.5 == pytest.approx(1e-3)
 
 
+def test_weight_decay_goes_along_half_a_cosine() -> None:
+    """VAR's `lr_wd_annealing`: wd_end + (wd - wd_end)(1 + cos(pi i / (T - 1))) / 2 at the i-th of T steps."""
+
+    def make() -> tuple[torch.optim.AdamW, WarmupLinear]:
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": decay} for decay in (0.05, 0.0)]
+        optimizer = torch.optim.AdamW(groups, lr=1.0)
+        return optimizer, WarmupLinear(optimizer, warmup_steps=2, total_steps=9, final_weight_decay=0.08)
+
+    def go(optimizer: torch.optim.AdamW, scheduler: WarmupLinear, steps: int) -> list[tuple[float, ...]]:
+        seen = []
+        for _ in range(steps):
+            seen.append(tuple(group["weight_decay"] for group in optimizer.param_groups))
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    one = make()
+    seen = go(*one, 12)
+    expected = [0.08 + (0.05 - 0.08) * (1 + cos(pi * min(i, 8) / 8)) / 2 for i in range(12)]
+    assert [decay for decay, _ in seen] == pytest.approx(expected) and {none for _, none in seen} == {0.0}
+    # A resume goes on.
+    first, other = make(), make()
+    go(*first, 4)
+    for old, new in zip(first, other, strict=True):
+        new.load_state_dict(old.state_dict())
+    assert go(*other, 4) == seen[4:8]
+    with pytest.raises(ValueError, match=r"final_weight_decay must be >= 0.* got 0.1 for SGD"):
+        WarmupLinear(torch.optim.SGD([torch.zeros(1)]), warmup_steps=0, total_steps=9, final_weight_decay=0.1)
+
+
 def rates(steps: int, schedule: type = WarmupCosine, **arguments) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = schedule(optimizer, **arguments)

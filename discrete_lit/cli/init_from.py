@@ -9,6 +9,7 @@ from torch import Tensor
 
 from discrete_lit.checkpoints import FROZEN_PARTS, load_weights
 from discrete_lit.core.trust import printable
+from discrete_lit.tokenizers.quantizers.codebook import Codebook
 
 _MOST_NAMED = 3
 
@@ -18,7 +19,9 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
 
     What the checkpoint does not have begins as the module made it: a discriminator, counts for the revival of codes,
     further blocks. A class table of another number of classes begins anew but for the row of the null label, which
-    stands for no class as before. Of a run with an EMA the checkpoint's weights are the averages.
+    stands for no class as before. Codes that were taken are not drawn from data again, and the running means that an
+    EMA codebook adds begin with them. A `first_stage` is not read. Of a run with an EMA the checkpoint's weights are
+    the averages.
 
     Args:
         module: the new one; changed.
@@ -58,8 +61,14 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
     if not taken:
         raise ValueError(f"init_from={path!r} has no weight of this {type(module).__name__}: it is of another model")
     load_weights(module, {**checkpoint, "state_dict": begun}, path)
+    for name, part in module.named_modules():
+        if isinstance(part, Codebook) and f"{name}.codes" in saved:
+            part.go_on_from_codes({own_name for own_name in part.state_dict() if f"{name}.{own_name}" not in saved})
     lines = [f"init_from {path}: took {taken} of {len(mine)} weights{_source(checkpoint)}"]
     left = [printable(name) for name in saved if name not in own and not name.startswith(frozen)]
+    if getattr(module, "begins_from_first_stage", False):
+        module.begins_from_first_stage = False
+        lines.append("model.init_args.first_stage is not read: the weights of init_from go on")
     lines += [f"{what}: {', '.join(_grouped(names))}" for what, names in (("new", new), ("left out", left)) if names]
     return lines
 

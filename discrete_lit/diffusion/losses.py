@@ -462,9 +462,7 @@ class HybridBound(DiscreteTimeBound):
 
     kind = "not a bound"
 
-    def __init__(
-        self, steps: int, cross_entropy_weight: float = 0.001, *, known_tokens: bool = False
-    ) -> None:
+    def __init__(self, steps: int, cross_entropy_weight: float = 0.001, *, known_tokens: bool = False) -> None:
         super().__init__(steps)
         self.known_tokens = known_tokens
         if cross_entropy_weight < 0:

@@ -79,6 +79,7 @@ class HybridVQ(MultiScaleVQ):
         super().__init__(network, codebook_size, **settings)
         self.skip_residual = skip_residual
         self.first_stage = first_stage
+        self.begins_from_first_stage = first_stage is not None
         self.decoder_only = decoder_only
         self.seed = seed
         if decoder_only:
@@ -153,12 +154,12 @@ class HybridVQ(MultiScaleVQ):
         return random.uniform(Purpose.RESIDUAL, 1)[:, 0] < self.skip_residual
 
     def on_fit_start(self) -> None:
-        """Take the weights of the first stage, unless a run goes on from its own checkpoint.
+        """Take the weights of the first stage, unless a run goes on from its own checkpoint, or begins from another.
 
         Raises:
             ValueError: no such checkpoint, or one that does not fit.
         """
-        if self.first_stage is not None and self.trainer.ckpt_path is None:
+        if self.first_stage is not None and self.begins_from_first_stage and self.trainer.ckpt_path is None:
             self._begin_from(self.first_stage)
 
     def _begin_from(self, checkpoint: str) -> None:

@@ -338,6 +338,7 @@ class TiTok(AutoencoderTokenizer):
         if proxy_tokenizer and (self.objective.perceptual or self.objective.adversarial):
             raise ValueError("with proxy_tokenizer no pixels are compared: leave out perceptual_loss, adversarial_loss")
         self.first_stage = first_stage
+        self.begins_from_first_stage = first_stage is not None
         self.proxy_tokenizer = None
         if proxy_tokenizer is not None:
             assert self.network.proxy is not None
@@ -358,12 +359,12 @@ class TiTok(AutoencoderTokenizer):
             self._begin_from_proxy(cast(AutoencoderTokenizer, self.proxy_tokenizer.prepare()))
 
     def on_fit_start(self) -> None:
-        """Take what stage 1 learned, for stage 2, unless a run goes on from its own checkpoint.
+        """Take what stage 1 learned, for stage 2, unless a run goes on from its own checkpoint, or begins from another.
 
         Raises:
             ValueError: no such checkpoint, or one that does not fit.
         """
-        if self.first_stage is not None and self.trainer.ckpt_path is None:
+        if self.first_stage is not None and self.begins_from_first_stage and self.trainer.ckpt_path is None:
             self._begin_from_first_stage(self.first_stage)
 
     def _begin_from_proxy(self, tokenizer: AutoencoderTokenizer) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import latent_generators
+from helpers.precision_cases import SIDE, convolutional
 from helpers.random_weights import randomise
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
+from lightning import Trainer
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.cli.init_from import take_weights
 from discrete_lit.cli.resume import check_tokenizer
 from discrete_lit.generators import Autoregressive
-from discrete_lit.tokenizers import TokenGrid
+from discrete_lit.tokenizers import VQVAE, HybridVQ, TokenGrid
 
 STILL = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}  # what is taken stays as it was
 AVERAGES = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
@@ -176,6 +178,34 @@ def test_another_resolution(positions: str) -> None:
     count = len(before.backbone.state_dict())
     assert f"took {count} of {count} weights" in said
     torch.testing.assert_close(now.backbone.state_dict(), before.backbone.state_dict())
+
+
+@pytest.mark.parametrize("init", ["data", "kmeans"])
+def test_codes_that_are_taken_stay(init: Any) -> None:
+    """A file of codes alone, as published ones are, for a codebook that would draw its first codes from data and has
+    running means."""
+    before = randomise(VQVAE(convolutional, 8, code_dim=3, codebook_update="gradient", codebook_init="uniform"), 0.5)
+    now = VQVAE(convolutional, 8, code_dim=3, codebook_init=init, decay=0.999, revive_below=0.5).train()
+    said = take_weights(now, checkpoint_of(before), "before.ckpt")
+    codes = now.quantizer.codebook.codes
+    assert torch.equal(codes, before.quantizer.codebook.codes) and any("codebook.started" in line for line in said)
+    kept = codes.clone()
+    now.reconstruct(torch.rand(1, 3, SIDE, SIDE) * 2 - 1)
+    assert not torch.equal(codes, kept)
+    torch.testing.assert_close(codes, kept, rtol=0.0, atol=0.2 * float(kept.std()))
+
+
+def test_a_first_stage_does_not_replace_what_was_taken() -> None:
+    make = partial(HybridVQ, convolutional, 8, code_dim=3, scales=[1, 2, 8])
+    before, now = randomise(make(), 0.5), make(first_stage="nowhere.ckpt")
+    assert "first_stage is not read" in take_weights(now, checkpoint_of(before), "before.ckpt")[1]
+    now.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    now.on_fit_start()
+    torch.testing.assert_close(now.state_dict(), before.state_dict())
+    fresh = make(first_stage="nowhere.ckpt")
+    fresh.trainer = now.trainer
+    with pytest.raises((ValueError, FileNotFoundError), match=r"nowhere\.ckpt"):
+        fresh.on_fit_start()
 
 
 def test_a_decoder_of_other_tokens() -> None:

@@ -77,7 +77,9 @@ def uniform_kernels(states: int, steps: int) -> Tensor:
     return (1 - betas) * torch.eye(states, dtype=torch.float64) + betas / states
 
 
-def d3pm(logits: Tensor, ids: Tensor, noisy: Tensor, *, kernels: Tensor, step: int, cross_entropy_weight: float) -> Tensor:
+def d3pm(
+    logits: Tensor, ids: Tensor, noisy: Tensor, *, kernels: Tensor, step: int, cross_entropy_weight: float
+) -> Tensor:
     """Compute the loss of a batch at one step, in bits of a dimension.
 
     Args:

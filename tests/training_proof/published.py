@@ -53,6 +53,7 @@ class Published:
         clip: of the gradient's norm; None for none.
         decay: the weight decay.
         decays: which parameters it acts on; None for none.
+        last_decay: where it goes to along half a cosine; None where it stays.
         crop: the law of the training crop, or which stored crops training reads.
         images: widths and heights for the chi-squared test.
         average: decay of the EMA at each update; None for none.
@@ -66,6 +67,7 @@ class Published:
     clip: float | None = None
     decay: float = 0.0
     decays: Decays | str | None = None
+    last_decay: float | None = None
     crop: Law | str
     images: Sequence[tuple[int, int]] = crops.IMAGES
     average: Average | str | None
@@ -462,7 +464,7 @@ PUBLISHED: dict[str, Published] = {
         _VAR_D16, rate=2.4e-4, schedule=laws.var_line(7, 350, 768, 0.01), weights=initial.var(1e-4)
     ),
     "generators/var_d30_*": replace(
-        _VAR_D16, rate=3.2e-4, schedule=laws.var_line(7, 350, 1024, 0.01), weights=initial.var(1e-5)
+        _VAR_D16, rate=3.2e-4, schedule=laws.var_line(7, 350, 1024, 0.01), last_decay=0.08, weights=initial.var(1e-5)
     ),
     "generators/xar_*": replace(
         _MAR,

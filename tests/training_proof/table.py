@@ -115,8 +115,11 @@ def _groups(recipe: str, law: Published) -> str:
         return law.decays
     ours = groups_of(recipe)
     theirs = groups_of(recipe, law.decays or (lambda name, value: 0.0))
-    same = ours == theirs and max(ours) == law.decay
-    return f"{_sign(same)} {_counts(ours)}" + ("" if same else f"; theirs {_counts(theirs)}")
+    scheduler = settings_of(recipe)["model"]["init_args"].get("scheduler") or {}
+    last = scheduler.get("init_args", {}).get("final_weight_decay")
+    same = ours == theirs and max(ours) == law.decay and last == law.last_decay
+    goes = "" if last is None else f", at the end {last:g}"
+    return f"{_sign(same)} {_counts(ours)}{goes}" + ("" if same else f"; theirs {_counts(theirs)}")
 
 
 def _counts(groups: dict[float, int]) -> str:

@@ -10,6 +10,7 @@ All statistics are those of the latents of all ranks together, and of all micro-
 splitting a batch over ranks or micro-batches changes nothing; but the first codes come from the first micro-batch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -170,6 +171,18 @@ class Codebook(RunningStatistics):
                 self.embedding_sum.copy_(self.codes * self.first_usage)
             self.started.fill_(True)
         self._may_start = False  # `started` is read once: reading it on every step would wait for the device
+
+    @torch.no_grad()
+    def go_on_from_codes(self, missing: Collection[str]) -> None:
+        """Let the buffers that came without values fit the codes that came: these are not drawn again, nor forgotten.
+
+        Args:
+            missing: their names.
+        """
+        if "started" in missing:
+            self.started.fill_(True)
+        if "embedding_sum" in missing:
+            self.embedding_sum.copy_(self._on_sphere(self.codes) * self.cluster_size[:, None])
 
     # The update: running means (appendix A.1), revival of dead codes.
 
