@@ -7,8 +7,8 @@ narrowed, and within `full_precision` products of float32 numbers are what they 
 
 Mode. Samples, likelihoods and codes are those of evaluation mode, whatever mode the module is in: `in_evaluation`.
 
-Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`. What
-no micro-batches can give is an `OfWholeBatch`.
+Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`.
+What no micro-batches can give is an `OfWholeBatch`.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -62,8 +62,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         seed: of corruption, orders, label dropout, and what a likelihood draws.
         text_encoder: frozen here; turns the `"caption"` of a batch into the `"context"` that a backbone with a
             `context_dim` attends to. A checkpoint carries it. With one class the labels of the data are not read.
-        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of all
-            their samples, or refused; `"by_micro_batch"` takes the mean of their losses where it cannot be.
+        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of
+            all their samples, or refused; `"by_micro_batch"` takes the mean of their losses where it cannot be.
         text_transformer: trained with the backbone, between the text encoder and it: called with the encoder's width
             and, of `TextIds`, its number of ids. The backbone then attends to what this makes.
 

@@ -88,8 +88,8 @@ class ImageAutoencoder(LightningModule):
             `discrete_lit.optimization.decayed_parameters`.
         initialization: first weights of the layers of network and quantizer, see `networks.initialise_layers`; None
             leaves what these begin with. Codes are `codebook_init`'s.
-        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of all
-            their samples, and what cannot be is refused: batch norms, adaptive weights, batch entropies, LeCam, a
+        accumulation: of micro-batches (`trainer.accumulate_grad_batches`). `"exact"`: a step is that of one batch of
+            all their samples, and what cannot be is refused: batch norms, adaptive weights, batch entropies, LeCam, a
             balancer, a codebook that moves between residual depths. `"by_micro_batch"` takes these of each micro-batch
             by itself, as published code does.
     """

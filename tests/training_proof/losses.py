@@ -62,7 +62,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def absorbing_kernels(states: int, steps: int) -> Tensor:
-    """q(x_t | x_s) `(T, S, S)` of a step, from row to column: beta is 1 / T, 1 / (T - 1), ..., 1, the last is a mask."""
+    """Make q(x_t | x_s) `(T, S, S)`, from row to column: beta is 1 / T, 1 / (T - 1), ..., 1; the last is a mask."""
     betas = 1 / torch.arange(steps, 0, -1, dtype=torch.float64)
     to_mask = torch.zeros(states, states, dtype=torch.float64)
     to_mask[:, -1] = 1

@@ -33,8 +33,8 @@ would make another. The authors' side is written out in closed form, with the co
 - **Loss and gradient**: the case of reference outputs, computed by the authors' own code at tiny random weights, that
   tests/pretrained/test_golden.py compares: which losses, how many gradients. Where a case has none, what it has; equal
   logits say nothing of a loss. *By their formula*: their loss, written out in
-  [tests/training_proof/losses.py](../tests/training_proof/losses.py), of the logits of our network in a training step of
-  the recipe, and its gradient at these.
+  [tests/training_proof/losses.py](../tests/training_proof/losses.py), of the logits of our network in a training step
+  of the recipe, and its gradient at these.
 - **Schedule**: the peak learning rate, and the largest difference from the authors' formula at ten steps of the run and
   at its last, as a share of the peak; of one that follows the loss, on a loss that stays. Then what gradients are
   clipped at.
