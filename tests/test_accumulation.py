@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from discrete_lit.backbones import SegmentTransformer, Transformer
-from discrete_lit.diffusion import MaskAndReplaceProcess, MaskAndReplaceSchedule, PosteriorHead, VQDiffusionLoss
+from discrete_lit.diffusion import MaskAndReplaceProcess, MaskAndReplaceSchedule, PosteriorHead
+from discrete_lit.diffusion.mask_and_replace import VQDiffusionLoss
 from discrete_lit.generators import BitwiseNextScale, DelayedAutoregressive, DiscreteDiffusion, Unified
 from discrete_lit.optimization import check_accumulation
 from discrete_lit.tokenizers import RQVAE, VQVAE, EnCodec, PixelLevels, RawPixels, TokenGrid

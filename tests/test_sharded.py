@@ -103,6 +103,27 @@ def test_raw_weights_averages_and_optimizer_are_whole(runs: dict[str, Any]) -> N
         torch.testing.assert_close(second[name]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_accumulated_micro_batches_of_sharded_weights(runs: dict[str, Any], tmp_path: Path) -> None:
+    """Masked tokens differ in number from rank to rank and from batch to batch; a step is that of all of them."""
+    folder = runs["folder"]
+    model = generator_config("Masked", str(folder / "tokenizer.ckpt"))
+
+    def settings(name: str, ranks: int, batch_size: int, strategy: str, accumulated: int) -> dict[str, Any]:
+        paths = {split: str(folder / split) for split in ("train", "validation")}
+        data = {"class": "TokenArrays", "arguments": {**paths, "batch_size": batch_size}}
+        where = {"folder": str(tmp_path / name), "ranks": ranks, "strategy": strategy}
+        return {"module": model, "data": data, **where, "max_epochs": 1, "accumulate_grad_batches": accumulated}
+
+    on_ranks(2, run_all, tmp_path / "two", [settings("parts", 2, 3, "sharded", 2)])
+    run(**settings("whole", 1, 12, "auto", 1))
+    parts, whole = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt", whole=True) for name in ("parts", "whole")
+    )
+    assert parts["global_step"] == whole["global_step"] == 4
+    assert_close(parts["state_dict"], whole["state_dict"])
+
+
 def test_the_folder_is_used_like_a_file(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     generator = load(last(runs, "copy"))
     of_file = load(runs["file"])

@@ -2,16 +2,38 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor
 
-from discrete_lit.checkpoints import FROZEN_PARTS, load_weights
+from discrete_lit.checkpoints import FROZEN_PARTS, load_weights, local, read_checkpoint
 from discrete_lit.core.trust import printable
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
 
 _MOST_NAMED = 3
+_PUBLISHED = frozenset({".safetensors", ".pt", ".pth", ".bin", ".npz"})
+
+
+def read_start(path: str) -> dict[str, Any]:
+    """Read the checkpoint that a run begins from.
+
+    Raises:
+        ValueError: there is none, or it is none; of a run's folder and of published weights it says what to give.
+    """
+    newest = Path(path) / "checkpoints" / "last.ckpt"
+    if newest.exists():
+        raise ValueError(f"init_from={path!r} is the folder of a run: its last checkpoint is {str(newest)!r}")
+    try:
+        return read_checkpoint(local(path), whole=True)
+    except ValueError as error:
+        if Path(path).suffix not in _PUBLISHED:
+            raise
+        raise ValueError(
+            f"init_from={path!r} is no checkpoint. If it holds published weights, `discrete-lit import --weights "
+            f"{path} --family FAMILY --output FILE.ckpt` makes one of them ({error})"
+        ) from error
 
 
 def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str) -> list[str]:
@@ -66,8 +88,9 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
             part.go_on_from_codes({own_name for own_name in part.state_dict() if f"{name}.{own_name}" not in saved})
     lines = [f"init_from {path}: took {taken} of {len(mine)} weights{_source(checkpoint)}"]
     left = [printable(name) for name in saved if name not in own and not name.startswith(frozen)]
-    if getattr(module, "begins_from_first_stage", False):
-        module.begins_from_first_stage = False
+    staged: Any = module
+    if getattr(staged, "begins_from_first_stage", False):
+        staged.begins_from_first_stage = False
         lines.append("model.init_args.first_stage is not read: the weights of init_from go on")
     lines += [f"{what}: {', '.join(_grouped(names))}" for what, names in (("new", new), ("left out", left)) if names]
     return lines

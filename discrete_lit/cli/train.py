@@ -45,14 +45,13 @@ from discrete_lit.checkpoints import (
     check_parses,
     check_weights,
     load_weights,
-    local,
     module_config,
     read_checkpoint,
     record_config,
 )
 from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
 from discrete_lit.cli.devices import check_devices
-from discrete_lit.cli.init_from import take_weights
+from discrete_lit.cli.init_from import read_start, take_weights
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_classes, check_tokenizer, differences
 from discrete_lit.cli.run_folder import (
     PredictionFiles,
@@ -292,7 +291,7 @@ class TrainingCLI(LightningCLI):
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
-            return init_from, read_checkpoint(local(init_from), whole=True)
+            return init_from, read_start(init_from)
         return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:

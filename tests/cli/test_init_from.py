@@ -12,9 +12,10 @@ from helpers.precision_cases import SIDE, convolutional
 from helpers.random_weights import randomise
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 from lightning import Trainer
+from safetensors.torch import save_file
 
 from discrete_lit.backbones import Transformer
-from discrete_lit.cli.init_from import take_weights
+from discrete_lit.cli.init_from import read_start, take_weights
 from discrete_lit.cli.resume import check_tokenizer
 from discrete_lit.generators import Autoregressive
 from discrete_lit.tokenizers import VQVAE, HybridVQ, TokenGrid
@@ -178,6 +179,17 @@ def test_another_resolution(positions: str) -> None:
     count = len(before.backbone.state_dict())
     assert f"took {count} of {count} weights" in said
     torch.testing.assert_close(now.backbone.state_dict(), before.backbone.state_dict())
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    published, run_folder = tmp_path / "model.safetensors", tmp_path / "run"
+    save_file({"weight": torch.zeros(1)}, published)
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"is no checkpoint.*discrete-lit import --weights .*model.safetensors"):
+        read_start(str(published))
+    with pytest.raises(ValueError, match=r"is the folder of a run: its last checkpoint is .*last\.ckpt"):
+        read_start(str(run_folder))
 
 
 @pytest.mark.parametrize("init", ["data", "kmeans"])

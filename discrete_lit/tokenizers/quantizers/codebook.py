@@ -12,6 +12,7 @@ splitting a batch over ranks or micro-batches changes nothing; but the first cod
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import e
 from typing import Literal, get_args
 
 import torch
@@ -176,11 +177,15 @@ class Codebook(RunningStatistics):
     def go_on_from_codes(self, missing: Collection[str]) -> None:
         """Let the buffers that came without values fit the codes that came: these are not drawn again, nor forgotten.
 
+        Usage begins so high that codes are revived which `1 / (1 - decay)` batches left unused, not the first one.
+
         Args:
             missing: their names.
         """
         if "started" in missing:
             self.started.fill_(True)
+        if "cluster_size" in missing:
+            self.cluster_size.fill_(self.first_usage * e)
         if "embedding_sum" in missing:
             self.embedding_sum.copy_(self._on_sphere(self.codes) * self.cluster_size[:, None])
 
