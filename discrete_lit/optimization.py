@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from discrete_lit.core.modules import whole_batch_terms
+from discrete_lit.core.modules import OfWholeBatch, whole_batch_terms
 
 _DECAYED = (
     nn.Linear,
@@ -366,8 +366,13 @@ Accumulation = Literal["exact", "by_micro_batch"]
 what needs all samples of a batch at once of each micro-batch by itself (`"by_micro_batch"`)."""
 
 
-def check_accumulation(module: LightningModule, accumulation: Accumulation) -> None:
+def check_accumulation(module: LightningModule, accumulation: Accumulation, parts: Iterable[nn.Module]) -> None:
     """Refuse accumulated micro-batches that would be another training than one batch of all their samples.
+
+    Args:
+        module: with the Trainer; an `OfWholeBatch` says what it needs.
+        accumulation: its setting.
+        parts: what its training step computes with, which say so too.
 
     Raises:
         ValueError: an unknown `accumulation`, or an exact one of what needs all samples at once.
@@ -375,7 +380,8 @@ def check_accumulation(module: LightningModule, accumulation: Accumulation) -> N
     if accumulation not in get_args(Accumulation):
         raise ValueError(f"accumulation must be one of {', '.join(get_args(Accumulation))}, got {accumulation!r}")
     count = micro_batches_of(module)
-    terms = whole_batch_terms(module)
+    terms = list(module.whole_batch_terms()) if isinstance(module, OfWholeBatch) else []
+    terms = list(dict.fromkeys([*terms, *(term for part in parts for term in whole_batch_terms(part))]))
     if count > 1 and terms and accumulation == "exact":
         raise ValueError(
             f"trainer.accumulate_grad_batches is {count}, and a step of {count} batches would not be that of one batch "

@@ -19,7 +19,6 @@ from discrete_lit.backbones import SegmentTransformer, Transformer
 from discrete_lit.diffusion import MaskAndReplaceProcess, MaskAndReplaceSchedule, PosteriorHead
 from discrete_lit.diffusion.mask_and_replace import VQDiffusionLoss
 from discrete_lit.generators import BitwiseNextScale, DelayedAutoregressive, DiscreteDiffusion, Unified
-from discrete_lit.optimization import check_accumulation
 from discrete_lit.tokenizers import RQVAE, VQVAE, EnCodec, PixelLevels, RawPixels, TokenGrid
 from discrete_lit.tokenizers.losses import GradientBalancer, MultiScaleSTFTDiscriminator, SpectrogramAdversarialLoss
 from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss, LeCam
@@ -240,7 +239,7 @@ def discriminated(norm: Any = "group", **settings: Any) -> VQVAE:
 
 
 def of_sounds(**settings: Any) -> EnCodec:
-    discriminator = MultiScaleSTFTDiscriminator(windows=(32,), channels=2)
+    discriminator = MultiScaleSTFTDiscriminator(windows=(32,), filters=2)
     return codec(adversarial_loss=SpectrogramAdversarialLoss(discriminator, **settings))
 
 
@@ -273,13 +272,16 @@ def test_what_needs_the_whole_batch_is_refused(part: str) -> None:
     made = make().train()
     made.trainer = trainer
     with pytest.raises(ValueError, match=r"accumulate_grad_batches is 4.*accumulation to by_micro_batch") as refused:
-        check_accumulation(made, made.accumulation)
+        made.setup("fit")
     assert named in str(refused.value)
-    check_accumulation(made, "by_micro_batch")
+    made.accumulation = "by_micro_batch"
+    made.setup("fit")
+    made.accumulation = "each"
     with pytest.raises(ValueError, match=r"accumulation must be one of exact, by_micro_batch, got 'each'"):
-        check_accumulation(made, "each")  # type: ignore[arg-type]
+        made.setup("fit")
+    made.accumulation = "exact"
     made.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    check_accumulation(made, "exact")
+    made.setup("fit")
 
 
 def test_what_needs_no_whole_batch_is_not_refused() -> None:
@@ -294,7 +296,7 @@ def test_what_needs_no_whole_batch_is_not_refused() -> None:
     )
     for made in (frozen, discriminated(), codec(), of_sounds(feature_weight=0.0)):
         made.train().trainer = trainer
-        check_accumulation(made, "exact")
+        made.setup("fit")
 
 
 @pytest.mark.parametrize("part", ["LFQ", "masked images beside texts", "latents beside texts"])

@@ -164,7 +164,7 @@ def test_losses_of_d3pm_by_formula(recipe: str, step: int) -> None:
     torch.manual_seed(0)
     generator: Any = instantiate({"class_path": "DiscreteDiffusion", "init_args": model})
     for parameter in generator.backbone.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.1)
     data = torch.randint(LEVELS, (8, 4), generator=torch.Generator().manual_seed(step))
     uniforms = torch.full((8, 1), (step + 0.5) / STEPS, dtype=torch.float64)
     level = generator.objective.level(generator.denoiser().schedule, uniforms, 4)

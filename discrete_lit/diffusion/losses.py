@@ -46,6 +46,9 @@ from discrete_lit.diffusion.schedules import MaskSchedule
 
 LossKind = Literal["bound", "not a bound"]
 
+LastLaw = Literal["chain", "prediction"]
+"""What gives p(x_0 | x_t) of the step that goes back to the data, see `DiscreteTimeBound`."""
+
 
 class DiffusionLoss(ABC):
     """Draws a level of noise and the noisy tokens, and costs a prediction of the clean ones in nats.
@@ -381,19 +384,25 @@ class DiscreteTimeBound(DiffusionLoss):
         steps: T >= 1.
         to_data: the first step goes back to the data; otherwise to the schedule's m(0), and what is left to be guessed
             there is not counted: MD4's code adds a constant for it.
+        last_law: p(x_0 | x_t) of the step that goes back to the data: that of eq. 4 (`"chain"`), or the head's
+            prediction as it is (`"prediction"`), as in D3PM's code. Both give a bound, of different chains; samplers
+            and likelihoods here are those of the first.
 
     Raises:
-        ValueError: there is less than one step.
+        ValueError: there is less than one step, or an unknown law.
     """
 
     heads = frozenset({"leave_one_out"})
     kind: LossKind = "bound"
 
-    def __init__(self, steps: int, *, to_data: bool = True) -> None:
+    def __init__(self, steps: int, *, to_data: bool = True, last_law: LastLaw = "chain") -> None:
         if steps < 1:
             raise ValueError(f"steps of {type(self).__name__} must be at least 1, got {steps}")
+        if last_law not in ("chain", "prediction"):
+            raise ValueError(f"last_law of {type(self).__name__} must be 'chain' or 'prediction', got {last_law!r}")
         self.steps = steps
         self.to_data = to_data
+        self.last_law: LastLaw = last_law
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> StepLevel:
         step = (uniforms.double() * self.steps).floor().clamp(max=self.steps - 1)
@@ -406,7 +415,17 @@ class DiscreteTimeBound(DiffusionLoss):
     def integrand(
         self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
-        return self.steps * self._divergence(prediction, tokens, states, process, level)
+        return self.steps * self._cost(prediction, tokens, states, process, level)
+
+    def _cost(
+        self, prediction: Tensor, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        """Return what a step costs: its KL, or behind the last one -log of its law."""
+        assert isinstance(level, StepLevel), "the level was drawn by this loss"
+        divergence = self._divergence(prediction, tokens, states, process, level)
+        if self.last_law == "chain":
+            return divergence
+        return torch.where(level.noise_before == 0, -gather(prediction, tokens).double(), divergence)
 
     def _divergence(
         self, prediction: Tensor, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
@@ -455,6 +474,7 @@ class HybridBound(DiscreteTimeBound):
         cross_entropy_weight: lambda >= 0; the paper's is 0.001 for images, 0.01 for text8.
         known_tokens: where noise only masks, count the cross-entropy of tokens that it left too, as D3PM's code does:
             no sampler reads these predictions, but the network learns to copy.
+        last_law: as for `DiscreteTimeBound`.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -462,8 +482,15 @@ class HybridBound(DiscreteTimeBound):
 
     kind = "not a bound"
 
-    def __init__(self, steps: int, cross_entropy_weight: float = 0.001, *, known_tokens: bool = False) -> None:
-        super().__init__(steps)
+    def __init__(
+        self,
+        steps: int,
+        cross_entropy_weight: float = 0.001,
+        *,
+        known_tokens: bool = False,
+        last_law: LastLaw = "chain",
+    ) -> None:
+        super().__init__(steps, last_law=last_law)
         self.known_tokens = known_tokens
         if cross_entropy_weight < 0:
             raise ValueError(f"cross_entropy_weight must be >= 0, got {cross_entropy_weight}")
@@ -472,7 +499,7 @@ class HybridBound(DiscreteTimeBound):
     def integrand(
         self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
-        divergence = self._divergence(prediction, tokens, states, process, level)
+        divergence = self._cost(prediction, tokens, states, process, level)
         return self.steps * (divergence - self.cross_entropy_weight * gather(prediction, tokens).double())
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:

@@ -496,7 +496,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         """Refuse latents for ids and the other way round, data of another image size, arrays of another tokenizer, and
         labels without a class here."""
         if stage == "fit":
-            check_accumulation(self, self.accumulation)
+            # A quantizer that it looks codes up in trains nothing.
+            check_accumulation(self, self.accumulation, self.trained_networks())
             accumulate_statistics(self, micro_batches_of(self) > 1)
         # That labels are looked at before the transfer concerns nobody; a DataModule's own hook still goes first.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")

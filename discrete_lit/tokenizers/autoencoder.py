@@ -221,7 +221,7 @@ class ImageAutoencoder(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_accumulation(self, self.accumulation)
+            check_accumulation(self, self.accumulation, [self])
         if stage in ("fit", "validate", "test"):
             self.objective.prepare()
 

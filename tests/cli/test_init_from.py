@@ -197,7 +197,7 @@ def test_codes_that_are_taken_stay(init: Any) -> None:
     """A file of codes alone, as published ones are, for a codebook that would draw its first codes from data and has
     running means."""
     before = randomise(VQVAE(convolutional, 8, code_dim=3, codebook_update="gradient", codebook_init="uniform"), 0.5)
-    now = VQVAE(convolutional, 8, code_dim=3, codebook_init=init, decay=0.999, revive_below=0.5).train()
+    now = VQVAE(convolutional, 8, code_dim=3, codebook_init=init, decay=0.9999, revive_below=0.5).train()
     said = take_weights(now, checkpoint_of(before), "before.ckpt")
     codes = now.quantizer.codebook.codes
     assert torch.equal(codes, before.quantizer.codebook.codes) and any("codebook.started" in line for line in said)

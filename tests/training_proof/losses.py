@@ -10,8 +10,8 @@ function is in float64, with the published scale: a clip of the gradient's norm 
 - MaskBit (`MLMLoss`, `sum_splits: False`): the mean over all groups of bits, masked or not, with smoothed labels.
 - Halton-MaskGIT: the mean over all ids; its softmax has the mask's logit too, which is left out here.
 - D3PM (`diffusion_categorical.py`): bits of a dimension of one step, KL(q(x_s | x_t, x_0) || p(x_s | x_t)) or, at the
-  first step, -log p(x_0 | x_t); the hybrid loss adds 0.001 times the cross-entropy of x_0 of all dimensions. Its
-  logarithms have an offset of 1e-6 inside, which is left out here.
+  first step, the cross-entropy of x_0; the hybrid loss adds 0.001 times that at every step, of all dimensions. Left
+  out are the 1e-6 inside its logarithms, and that its last beta of the cosine is 0.999, not 1.
 """
 
 from collections.abc import Callable
@@ -71,9 +71,9 @@ def absorbing_kernels(states: int, steps: int) -> Tensor:
 
 
 def uniform_kernels(states: int, steps: int) -> Tensor:
-    """The same with beta by the quotients of cos((t / T + 0.008) / 1.008 pi / 2), at most 0.999, to any state."""
+    """Make those to any state, with beta by the quotients of cos((t / T + 0.008) / 1.008 pi / 2)."""
     alphas = torch.tensor([cos((t / steps + 0.008) / 1.008 * pi / 2) for t in range(steps + 1)], dtype=torch.float64)
-    betas = (1 - alphas[1:] / alphas[:-1]).clamp(max=0.999)[:, None, None]
+    betas = (1 - alphas[1:] / alphas[:-1])[:, None, None]
     return (1 - betas) * torch.eye(states, dtype=torch.float64) + betas / states
 
 

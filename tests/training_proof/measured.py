@@ -19,7 +19,7 @@ def schedule_of(recipe: str) -> Schedule:
     scheduler = settings_of(recipe)["model"]["init_args"].get("scheduler")
     if scheduler is None:
         return lambda step: 1.0
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, weight_decay=1.0)
     kind = getattr(optimization, scheduler["class_path"], None) or getattr(
         torch.optim.lr_scheduler, scheduler["class_path"]
     )
