@@ -459,7 +459,9 @@ class DiscreteTimeBound(DiffusionLoss):
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         first, last = schedule.ends()
         cut = (first > 0 and not self.to_data) or (last < 1 and ends_in_masks(process))
-        return "not a bound" if cut else self.kind
+        # Where the prediction is the law, tokens that are known cost something at the last step.
+        left_out = self.last_law == "prediction" and is_absorbing(process) and not self.known_tokens
+        return "not a bound" if cut or left_out else self.kind
 
 
 class HybridBound(DiscreteTimeBound):
