@@ -51,11 +51,11 @@ class TrainingGuard(Callback):
     `min_codebook_usage` is a warning in the log and, as text, in TensorBoard or W&B, or ends the run.
 
     Where a batch's loss is not finite on any rank, its step, terms, keys and indices go to
-    `<default_root_dir>/alarms/`, with the images in it that are not finite, into the log, and to TensorBoard or W&B. Then
-    the run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they were before
-    it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the same step
-    are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass to do
-    meanwhile.
+    `<default_root_dir>/alarms/`, with the images in it that are not finite, into the log, and to TensorBoard or W&B.
+    Then the run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they
+    were before it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the
+    same step are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass
+    to do meanwhile.
 
     A gradient that is not finite behind a finite loss is treated in the same way. To skip such a batch, the host waits
     for the backward pass before each step; to end the run it looks at the gradient one batch later, and before every
