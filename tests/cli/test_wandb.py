@@ -140,4 +140,5 @@ def test_the_real_package_offline(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     (picture,) = folder.glob("files/media/images/images/reconstructions*.png")
-    assert Image.open(picture).size[0] > 8
+    with Image.open(picture) as shown:
+        assert shown.size[0] > 8
