@@ -104,6 +104,7 @@ def opened(browser: Any, address: str) -> Iterator[Any]:
         width, height = SCREENS[screen]
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
         tab = contexts[-1].new_page()
+        tab.set_default_timeout(120_000)
         tab.on("console", lambda said: said.type in ("error", "warning") and wrong.append(f"{tab.url}: {said.text}"))
         tab.on("pageerror", lambda error: wrong.append(f"{tab.url}: {error}"))
         tab.on("request", lambda asked: asked.url.startswith((address, "data:")) or wrong.append(asked.url))
@@ -138,9 +139,11 @@ def test_the_search_finds_a_method(screen: str, opened: Any, address: str) -> No
     if screen == "phone":
         tab.click("header label[for=__search]")
     tab.fill("input.md-search__input", "Halton")
-    tab.wait_for_selector(".md-search-result__item a", timeout=120_000)
-    tab.click(".md-search-result__item a >> nth=0")
-    tab.wait_for_url("**/*.html?*")
+    hit = tab.locator(".md-search-result__item a").first
+    hit.wait_for()
+    goal = hit.evaluate("link => link.href")
+    hit.click()
+    tab.wait_for_url(goal)
     assert "Halton" in tab.locator("article").inner_text()
 
 
@@ -148,9 +151,8 @@ def test_a_phone_has_the_navigation_in_a_drawer(opened: Any, address: str) -> No
     tab = opened("phone")
     tab.goto(f"{address}/index.html")
     tab.click("header label[for=__drawer]")
-    tab.wait_for_selector("nav.md-nav--primary >> text=Evaluation")
-    tab.click("nav.md-nav--primary >> text=Evaluation >> nth=0")
-    tab.click("nav.md-nav--primary a >> text=Protocols")
+    tab.click(".md-nav--primary label.md-nav__title[for=__nav_1]")  # from the pages of Home up to the tabs
+    tab.click(".md-nav--primary > .md-nav__list > .md-nav__item > a:has-text('Evaluation')")
     tab.wait_for_url("**/evaluation.html")
 
 
@@ -167,6 +169,7 @@ def test_a_desktop_leads_from_tab_to_page_and_turns_dark(opened: Any, address: s
 
 def test_an_address_that_is_not_there_says_so_in_the_sites_own_page(browser: Any, address: str) -> None:
     tab = browser.new_page()
+    tab.set_default_timeout(120_000)
     answer = tab.goto(f"{address}/methods/maskgitt.html")
     assert answer.status == 404 and "Not found" in tab.locator("h1").inner_text()
     assert tab.locator(".md-tabs").is_visible()  # with the site's style and navigation
