@@ -18,7 +18,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bad-input: .venv/installed ## craft broken and hostile input of every kind, and 
 
 kills: .venv/installed ## kill trainings at random points, resume them on other numbers of ranks, and compare every batch; ARGS="--kills 30 --seed 0"
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m kills.run $(ARGS)
+
+wheels: .venv/installed ## build the wheel and use it in fresh environments on each Python at hand, with and without extras; ARGS="3.12"
+	PYTHONPATH=tests $(BIN)/python -m wheels.run $(ARGS)
 
 lint: .venv/installed ## check format, style, and which module may import which
 	$(BIN)/ruff format --check .

@@ -5,9 +5,7 @@ are not downloaded again: the fresh environment has links to those of this one, 
 """
 
 import ast
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,12 +20,12 @@ from helpers.recipe_files import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_docs import tables
+from wheels.fresh import EXTRAS, PYTHONS, build_wheel, called, commands_without_torch, first_steps, interpreter
+from wheels.run import EVERY_MODULE
 
 from discrete_lit import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "discrete_lit", "lightning_configs")
-PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def test_one_version() -> None:
@@ -62,10 +60,7 @@ def test_the_page_of_installation_has_every_extra() -> None:
 @pytest.mark.parametrize("version", PYTHONS)
 def test_every_file_is_of_the_syntax(version: str) -> None:
     """Compile by an interpreter of the version where there is one: the syntax alone, nothing is imported."""
-    found = shutil.which(f"python{version}")
-    # A shim may stand for a version that is not there.
-    if not found or subprocess.run([found, "-c", ""], capture_output=True).returncode:
-        found = next(iter(sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))), None)
+    found = interpreter(version)
     if not found:
         pytest.skip(f"no Python {version} on this machine")
     script = (
@@ -73,7 +68,7 @@ def test_every_file_is_of_the_syntax(version: str) -> None:
         f"assert sys.version_info[:2] == {tuple(map(int, version.split('.')))}, sys.version\n"
         "for file in pathlib.Path('discrete_lit').rglob('*.py'): compile(file.read_bytes(), str(file), 'exec')"
     )
-    done = subprocess.run([str(found), "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([found, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -84,20 +79,7 @@ def test_the_oldest_version_can_parse_every_file() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the tree, as what setuptools leaves behind would get into the next wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in SHIPPED:
-        source, target = ROOT / name, folder / "tree" / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(source, target)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    done = subprocess.run([*command, str(folder / "tree")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow
@@ -162,12 +144,6 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def called(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program outside the checkout, without the tests' own paths."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_the_wheel_runs_without_a_checkout(fresh: Path, tmp_path: Path) -> None:
     program = str(fresh / "discrete-lit")
@@ -194,20 +170,41 @@ def test_the_wheel_runs_without_a_checkout(fresh: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-EVERY_MODULE = """
-import importlib, pkgutil
-import discrete_lit
-for module in pkgutil.walk_packages(discrete_lit.__path__, "discrete_lit."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
-        print(module.name)
-for extra in ("diffusers", "tokenizers", "pytest"):
-    assert importlib.util.find_spec(extra) is None, extra
-"""
+@pytest.mark.slow
+def test_every_module_is_imported_without_any_extra(fresh: Path, tmp_path: Path) -> None:
+    absent = "".join(
+        f"assert importlib.util.find_spec({name!r}) is None\n" for name in ("diffusers", "tokenizers", "pytest")
+    )
+    done = called(str(fresh / "python"), "-c", EVERY_MODULE + absent, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_every_module_is_imported_without_any_extra(fresh: Path, tmp_path: Path) -> None:
-    done = called(str(fresh / "python"), "-c", EVERY_MODULE, folder=tmp_path)
+def test_a_user_trains_and_draws(fresh: Path, tmp_path: Path) -> None:
+    first_steps(fresh, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_wheel_installs_on_every_python_at_hand(version: str, wheel: Path, tmp_path: Path) -> None:
+    """Without its dependencies: `make wheels` installs them too, and trains."""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
+    environment = tmp_path / "environment"
+    subprocess.run([python, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    done = subprocess.run(pip, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 150
+    commands_without_torch(environment / "bin", tmp_path)
+    asked = (
+        "import importlib.resources as r, importlib.metadata as m\n"
+        "assert (r.files('discrete_lit') / 'py.typed').is_file()\n"
+        "assert (r.files('discrete_lit') / 'lightning_configs/quickstart/masked.yaml').is_file()\n"
+        "print(m.version('discrete-lit'))"
+    )
+    assert called(str(environment / "bin" / "python"), "-c", asked, folder=tmp_path).stdout == f"{__version__}\n"
+
+
+def test_the_extras_that_are_tried() -> None:
+    assert {*EXTRAS, "dev"} == set(PROJECT["project"]["optional-dependencies"])

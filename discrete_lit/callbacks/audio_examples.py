@@ -1,13 +1,13 @@
-"""Clips to listen to at each validation, and their spectrograms, in TensorBoard."""
+"""Clips to listen to at each validation, and their spectrograms."""
 
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from discrete_lit.callbacks.image_grids import as_in_validation, shards_weights
+from discrete_lit.callbacks.media import log_picture, log_sound
 from discrete_lit.core.audio import to_int16
 from discrete_lit.generators import Generator
 from discrete_lit.metrics.spectral import spectrogram_image
@@ -16,11 +16,11 @@ from discrete_lit.tokenizers import EnCodec
 
 
 class AudioExamples(Callback):
-    """Write clips and spectrograms to TensorBoard at each validation or test, as `audio/` and `spectrograms/`.
+    """Write clips and spectrograms at each validation or test to TensorBoard or W&B, as `audio/` and `spectrograms/`.
 
     Of a codec the first clips of the first validation batch, once, and their reconstructions; of a generator of audio
-    samples of a fixed seed, whose labels go through the classes, or with the captions of that batch. Other modules, and
-    runs without TensorBoard, are left alone.
+    samples of a fixed seed, whose labels go through the classes, or with the captions of that batch. Other modules are
+    left alone.
 
     Args:
         count: clips.
@@ -46,7 +46,6 @@ class AudioExamples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         codec = pl_module if isinstance(pl_module, EnCodec) else getattr(pl_module, "tokenizer", None)
         if batch_idx or dataloader_idx or trainer.sanity_checking or not isinstance(codec, EnCodec):
             return
@@ -54,10 +53,9 @@ class AudioExamples(Callback):
             return
         with as_in_validation(trainer, pl_module):
             clips = self._clips(pl_module, batch)
-        for logger in loggers if trainer.is_global_zero else []:
-            for name, waveforms in clips.items():
-                for number, waveform in enumerate(waveforms.float().cpu()):
-                    self._write(logger, f"{name}_{number}", waveform, codec.sample_rate, step=trainer.global_step)
+        for name, waveforms in clips.items() if trainer.is_global_zero else ():
+            for number, waveform in enumerate(waveforms.float().cpu()):
+                self._write(trainer, f"{name}_{number}", waveform, codec.sample_rate)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -76,9 +74,9 @@ class AudioExamples(Callback):
         return {"sample": module.tokenizer.decode(tokens)}
 
     @staticmethod
-    def _write(logger: TensorBoardLogger, name: str, waveform: Tensor, sample_rate: int, *, step: int) -> None:
+    def _write(trainer: Trainer, name: str, waveform: Tensor, sample_rate: int) -> None:
         # TensorBoard's player is of one channel.
         mono = to_int16(waveform.mean(dim=0)).float() / 32767
-        logger.experiment.add_audio(f"audio/{name}", mono, step, sample_rate=sample_rate)
-        picture = spectrogram_image(waveform)
-        logger.experiment.add_image(f"spectrograms/{name}", picture[None], step)
+        log_sound(trainer, f"audio/{name}", mono.numpy(), sample_rate=sample_rate)
+        picture = spectrogram_image(waveform)[..., None] * 255
+        log_picture(trainer, f"spectrograms/{name}", picture.round().byte().numpy())

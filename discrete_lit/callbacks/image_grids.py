@@ -1,6 +1,6 @@
 """Grids of images at each validation: reconstructions of the same images, and samples of the same seed.
 
-Clips of frames are shown as strips of frames, and as a GIF, which TensorBoard plays.
+Clips of frames are shown as strips of frames, and as a GIF, which plays.
 `ImageGrid` says when a grid is made and where it goes, `ReconstructionGrid` and `SampleGrid` what it shows.
 """
 
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from einops import rearrange
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from discrete_lit.callbacks.media import log_gif, log_picture
 from discrete_lit.core.images import MODALITIES, displayable, frames_of, to_uint8
 from discrete_lit.core.moving_pictures import clips_side_by_side, gif_bytes
 from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder, Unified
@@ -31,7 +30,7 @@ _FRAME_RATE = 8.0
 
 
 class ImageGrid(Callback, ABC):
-    """Write a grid of images at each validation or test, to TensorBoard and, if asked for, as a PNG of the run.
+    """Write a grid of images at each validation or test, to TensorBoard or W&B and, if asked for, as a PNG of the run.
 
     The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
     states are afterwards as they were. Grey images are shown grey, RGBA with their transparency, and of other numbers
@@ -46,7 +45,7 @@ class ImageGrid(Callback, ABC):
     """
 
     name: str
-    """Tag in TensorBoard (behind `images/`), and the stem of the file."""
+    """Tag in the log (behind `images/`), and the stem of the file."""
     rows_of_clips = 8
     """The most clips that are shown as strips of frames."""
 
@@ -93,25 +92,17 @@ class ImageGrid(Callback, ABC):
     on_test_batch_end = on_validation_batch_end
 
     def _write(self, trainer: Trainer, grid: Tensor) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"images/{self.name}", grid, trainer.global_step)
+        pixels = rearrange(grid, "c h w -> h w c").numpy()
+        log_picture(trainer, f"images/{self.name}", pixels)
         if self.save_png:
             folder = Path(trainer.default_root_dir) / "images"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = rearrange(grid, "c h w -> h w c").numpy()
             Image.fromarray(pixels).save(folder / f"{self.name}-{trainer.global_step:08d}.png")
 
     def _write_gif(self, trainer: Trainer, clips: np.ndarray) -> None:
         playing = clips_side_by_side(clips, min(self.columns, len(clips)))
         data = gif_bytes(playing, frame_rate=_FRAME_RATE)
-        # What `add_video` writes, which needs moviepy to encode it.
-        height, width, channels = playing.shape[1:]
-        shown = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=data)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                value = Summary.Value(tag=f"videos/{self.name}", image=shown)
-                logger.experiment._get_file_writer().add_summary(Summary(value=[value]), trainer.global_step)
+        log_gif(trainer, f"videos/{self.name}", data, size=playing.shape[1:])
         if self.save_png:
             path = Path(trainer.default_root_dir) / "images" / f"{self.name}-{trainer.global_step:08d}.gif"
             path.write_bytes(data)

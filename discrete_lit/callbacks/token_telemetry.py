@@ -1,4 +1,4 @@
-"""Per-token losses, entropies and attention maps of fixed samples, as pictures in TensorBoard."""
+"""Per-token losses, entropies and attention maps of fixed samples, as pictures in TensorBoard or W&B."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from discrete_lit.callbacks.image_grids import as_in_validation
+from discrete_lit.callbacks.media import log_picture
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, SuperResolution, Unified
@@ -54,7 +54,7 @@ class TokenTelemetry(Callback):
     The images are the first ones of the first batch that the run sees: of validation where the run begins with a sanity
     check (`num_sanity_val_steps`), else of training. They go into the checkpoint, so that a resumed run shows the same.
     Masks and noise are the same each time too. The network is the one that is trained, in eval mode and under the
-    trainer's precision, not its average. It logs to TensorBoard
+    trainer's precision, not its average. It logs to TensorBoard or W&B
 
     - `telemetry/loss_and_entropy`: beside each image, -log p of each id and the entropy of the predicted distribution,
       both from 0 to the log K of a guess; grey where the id was read, not predicted. Bit groups of an id add up.
@@ -186,9 +186,8 @@ class TokenTelemetry(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step)
-            if isinstance(logger, TensorBoardLogger):
-                for tag, picture in pictures.items():
-                    logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+        for tag, picture in pictures.items():
+            log_picture(trainer, tag, picture)
 
     def record(self, module: Generator | Unified) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Make the scalars, and the pictures `(H, W, 3)` uint8, of the samples that were kept, by tag."""

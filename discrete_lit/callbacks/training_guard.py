@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from discrete_lit.callbacks.media import log_text
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.host_copies import HostCopy
@@ -48,14 +48,14 @@ class TrainingGuard(Callback):
     For a tokenizer, whose training step gives `{"loss": ..., "tokens": ...}`, it logs `train/codebook_usage` (fraction
     of the K ids that occur) and `train/perplexity` (exp of the entropy in nats) of the training batches of all ranks,
     over windows of at least `window` batches and 4 K ids; above K = 2^24 it counts nothing. A usage below
-    `min_codebook_usage` is a warning in the log and, as text, in TensorBoard, or ends the run.
+    `min_codebook_usage` is a warning in the log and, as text, in TensorBoard or W&B, or ends the run.
 
     Where a batch's loss is not finite on any rank, its step, terms, keys and indices go to
-    `<default_root_dir>/alarms/`, with the images in it that are not finite, and into the log and TensorBoard. Then the
-    run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they were before
-    it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the same step
-    are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass to do
-    meanwhile.
+    `<default_root_dir>/alarms/`, with the images in it that are not finite, into the log, and to TensorBoard or W&B.
+    Then the run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they
+    were before it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the
+    same step are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass
+    to do meanwhile.
 
     A gradient that is not finite behind a finite loss is treated in the same way. To skip such a batch, the host waits
     for the backward pass before each step; to end the run it looks at the gradient one batch later, and before every
@@ -359,6 +359,4 @@ def _plain(value: float) -> float | str:
 @rank_zero_only
 def _announce(trainer: Trainer, message: str) -> None:
     _log.warning(message)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("alarm", message, trainer.global_step)
+    log_text(trainer, "alarm", message)

@@ -16,6 +16,8 @@ from discrete_lit.pretrained.pipelines import check_draws_images, draw_images
 from discrete_lit.samplers.adjustment import adjustable, with_settings
 
 _MOST_FRAMES = 16
+# Small images are enlarged, with their pixels to be seen.
+_STYLE = "<style>#image img, #steps img {image-rendering: pixelated; width: 100%; object-fit: contain}</style>"
 _EXTRA = "`demo` needs Gradio: pip install 'discrete-lit[demo]'"
 
 
@@ -85,7 +87,7 @@ def build_demo(generator: Any, *, title: str) -> Any:
                 image = draw_images(generator, **given, seed=int(seed), **chosen)[0]
                 return _shown(image), step_images(generator, given.get("labels"), seed=int(seed), **chosen)
         except ValueError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), duration=None) from error  # it stays until it is closed
 
     with gradio.Blocks(title=f"discrete-lit: {title}") as page:
         gradio.Markdown(f"## {title}\n{type(generator).__name__}, {type(generator.sampler).__name__}")
@@ -101,10 +103,18 @@ def build_demo(generator: Any, *, title: str) -> Any:
                     gradio.Number(label=name, value=value, precision=0 if name == "steps" else None)
                     for name, value in settings.items()
                 ]
-                button = gradio.Button("Draw")
+                button = gradio.Button("Draw", variant="primary")
             with gradio.Column():
-                image = gradio.Image(label="image", format="png")
-                steps = gradio.Gallery(label="the sampler's steps", columns=4, format="png")
+                gradio.HTML(_STYLE)
+                image = gradio.Image(label="image", format="png", height=384, elem_id="image")
+                steps = gradio.Gallery(
+                    label="the sampler's steps",
+                    columns=4,
+                    format="png",
+                    height="auto",
+                    object_fit="contain",
+                    elem_id="steps",
+                )
         button.click(draw, [what, seed, *turned], [image, steps], api_name="draw")
     return page
 

@@ -37,6 +37,31 @@ def described_entry(entry: ModelEntry) -> dict[str, Any]:
     return {**entry.described(), "downloads": found}
 
 
+def measuring(entry: ModelEntry) -> list[str]:
+    """List the commands that measure the number which was published with a model: FID of samples, rFID of images."""
+    kind, size = entry.published.partition(" ")[0], entry.image_size
+    evaluate = "discrete-lit evaluate --protocol"
+    if kind == "FID" and size is not None:
+        side = 512 if size == 512 else 256
+        # Published numbers of samples of 384 pixels are of images shrunk to 256.
+        shrunk = "" if side == size else f" --image_size {side}"
+        accepted = " --accept_licence true" if entry.accept else ""
+        reference = "VIRTUAL_imagenet512.npz" if side == 512 else "VIRTUAL_imagenet256_labeled.npz"
+        return [
+            f"discrete-lit sample --model {entry.name}{accepted} --num_samples 50000{shrunk} "
+            f"--output samples/{entry.name}",
+            f"{evaluate} gfid_adm50k --reference {reference} --image_size {side} "
+            f"--samples '{{{entry.name}: samples/{entry.name}/samples.npz}}' --output runs/{entry.name}",
+        ]
+    if kind == "rFID" and size is not None:
+        images = "shards/imagenet/validation"
+        return [
+            f"{evaluate} rfid_val50k --reference {images} --held_out {images} --image_size {size} "
+            f"--reconstructions '{{{entry.name}: model://{entry.name}}}' --output runs/{entry.name}"
+        ]
+    return []
+
+
 def _list(entries: list[ModelEntry], word: str | None) -> None:
     if not entries:
         raise ValueError(f"no published model has the word {word!r}: `discrete-lit models` lists all")
@@ -70,3 +95,8 @@ def _show(entry: ModelEntry) -> None:
         print(f"    SHA-256         {file.sha256 or 'not published: its size is checked, and what the server states'}")
         print(f"    in the cache    {place}{'' if place.exists() else ' (not there)'}")
     print(f"  cache             {cache_folder()}")
+    if commands := measuring(entry):
+        print(
+            f"\nTo measure {entry.published.partition(' ')[0]} again, on ImageNet (docs/evaluation.md, data/README.md):"
+        )
+        print("\n".join(f"  {command}" for command in commands))

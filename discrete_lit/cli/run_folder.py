@@ -501,10 +501,10 @@ class PredictionFiles(BasePredictionWriter):
 
 
 class RecordStart(Callback):
-    """Write the settings of every start into a folder and, as text, into TensorBoard.
+    """Write the settings of every start into a folder, and into the loggers: TensorBoard as text, others as parameters.
 
     Args:
-        folder: where `config.yaml` and `run.json` go; None writes to TensorBoard alone.
+        folder: where `config.yaml` and `run.json` go; None writes to the loggers alone.
         command: the command and its arguments, for `run.json`.
         configuration: the resolved settings, as YAML.
         checkpoint: what the run goes on from.
@@ -533,6 +533,8 @@ class RecordStart(Callback):
             if isinstance(logger, TensorBoardLogger):
                 text = "\n".join(f"    {line}" for line in self.configuration.splitlines())
                 logger.experiment.add_text("config", text, trainer.global_step)
+            else:
+                logger.log_hyperparams(yaml.safe_load(self.configuration))
 
     def _free_name(self) -> Path:
         """Choose `config.yaml`, then `config-resumed-1.yaml` and so on; commands other than `fit` put their name in."""

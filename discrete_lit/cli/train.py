@@ -92,6 +92,7 @@ _PACKAGES = (
 )
 
 _SHARDED = (FSDPStrategy, ModelParallelStrategy)
+_FILES = (TensorBoardLogger, CSVLogger)
 
 # What Lightning says about itself, or about what this command does on purpose.
 _UNASKED_ADVICE = (
@@ -368,6 +369,10 @@ class TrainingCLI(LightningCLI):
             kwargs["default_root_dir"] = settings["default_root_dir"] or str(folder.path)
             if logger in (None, True):
                 logger = folder.logger(self._first_step())
+            elif logger:
+                logger = logger if isinstance(logger, list) else [logger]
+                if not any(isinstance(each, _FILES) for each in logger):  # a service, such as W&B
+                    logger = [folder.logger(self._first_step()), *logger]
             if settings["enable_checkpointing"] is not False:
                 callbacks += folder.direct_checkpoints(callbacks)
         elif logger in (None, True):
@@ -485,7 +490,7 @@ class TrainingCLI(LightningCLI):
 
     def _open_logs(self) -> None:
         """Hold the folders of logs and checkpoints, and let logs in CSV files go on instead of being deleted."""
-        files = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
+        files = [logger for logger in self.trainer.loggers if isinstance(logger, _FILES)]
         if self.command == "fit":
             places = [*checkpoint_folders(self.trainer.checkpoint_callbacks), *(str(log.log_dir) for log in files)]
             for place in places:

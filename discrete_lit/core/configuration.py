@@ -66,7 +66,7 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
-_OTHER_CLASS = "does not correspond to a subclass of"
+_OTHER_CLASS = re.compile("does not correspond to a subclass of|Not a valid subclass of")
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
 _MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 200_000, 1_000, 100
@@ -381,9 +381,11 @@ def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
         # The parser tries every member of a union and reports that none of them could be built.
         while str(original).startswith(_UNION) and original.__cause__ is not None:
             # The cause is the first member's; where another class was named, that class's is in the text alone.
-            if _OTHER_CLASS in str(original.__cause__) and (meant := _reason(str(original))) is not None:
+            if _OTHER_CLASS.search(str(original.__cause__)) and (meant := _reason(str(original))) is not None:
                 raise ValueError(meant) from original
             original = original.__cause__
+        if isinstance(original, ImportError):  # of a class that wants a package, as `WandbLogger` does
+            raise ValueError(str(original)) from original
         # PyTorch's allocators and the sizes that they are asked for: a RuntimeError, or a subclass.
         if not isinstance(original, ValueError) and (not isinstance(original, RuntimeError) or _memory(original)):
             reason = str(original).partition("\n")[0]
@@ -397,7 +399,7 @@ def _reason(message: str) -> str | None:
     """Find in a report about a union why the class that was meant could not be built; None where all are others."""
     listed = message.partition("\nErrors:\n")[2].partition("\nGiven value")[0]
     reasons = [" ".join(reason.split()) for reason in re.split(r"(?:^|\n)  - ", listed) if reason.strip()]
-    return next((reason for reason in reasons if _OTHER_CLASS not in reason), None)
+    return next((reason for reason in reasons if not _OTHER_CLASS.search(reason)), None)
 
 
 def _memory(error: RuntimeError) -> bool:

@@ -32,6 +32,8 @@ LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 NAMED = re.compile(r"^```(\w+) file=(\S+)$", flags=re.MULTILINE)
 FENCE = re.compile(r"^(`{3,}).*?^\1$", flags=re.MULTILINE | re.DOTALL)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
+# Browsers put no space between a function and an argument without brackets, as TeX does.
+FUNCTION = re.compile(r"(<mi>(?:log|exp|sin|cos|max|min)</mi>)(?!<mo[^>]*>(?:\(|&#x00028;))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sbatch": "bash", "": "text"}
 _origins: dict[str, str] = {}  # from a page to the file that it is made of, both as paths
 
@@ -88,7 +90,8 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def written(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
-        return f"<{found[1]}>{convert(html.unescape(found[3]), display=display)}</{found[1]}>"
+        maths = FUNCTION.sub(r'\1<mspace width="0.167em" />', convert(html.unescape(found[3]), display=display))
+        return f'<{found[1]} class="equation">{maths}</{found[1]}>' if display == "block" else f"<span>{maths}</span>"
 
     return MATHS.sub(written, content)
 

@@ -1,6 +1,7 @@
 """`discrete-lit models`, and the commands that take a published model."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,27 @@ def test_the_list_a_word_and_one_model(capsys: pytest.CaptureFixture[str]) -> No
     assert "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt" in shown
 
 
+@pytest.mark.parametrize("name", ["rar_b", "llamagen_l_384", "var_d36", "maskgit_vqgan", "titok_l32", "maskbit_14bit"])
+def test_the_commands_that_measure_a_published_number_can_be_given(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("models", name)
+    shown = capsys.readouterr().out
+    commands = [line.strip() for line in shown.splitlines() if line.startswith("  discrete-lit ")]
+    published = published_models()[name].published
+    assert [shlex.split(command)[1] for command in commands] == {
+        "F": ["sample", "evaluate"],
+        "r": ["evaluate"],
+        "": [],
+    }[published[:1]]
+    for command in commands:
+        with pytest.raises(SystemExit) as stopped:
+            run(*shlex.split(command)[1:], "--print_config")
+        assert not stopped.value.code, command
+    if name == "llamagen_l_384":
+        assert "--image_size 256 --output" in commands[0] and "--image_size 256 --samples" in commands[1]
+
+
 def test_json_is_for_other_programs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,6 +61,7 @@ def test_json_is_for_other_programs(
             "there": False,
         }
     ]
+    assert shown["files"][0]["sha256"].startswith("cbbf4b27")
 
 
 @pytest.mark.parametrize(

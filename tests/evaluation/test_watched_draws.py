@@ -2,20 +2,18 @@
 
 import copy
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.browser import chromium
 from helpers.tiny_runs import generator_settings, refusal, run, untrained, untrained_fsq
 
 from discrete_lit.checkpoints import load
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.evaluation.watched_draws import Watched, draw_panel, write_page
 from discrete_lit.samplers import AncestralSampler, MaskGITSampler
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def on(tokenizer: Path, name: str, **settings):
@@ -165,13 +163,8 @@ def test_a_trace_without_images(checkpoints, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the path (Debian: apt-get install chromium)")
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    with driver.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
