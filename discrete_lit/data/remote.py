@@ -32,6 +32,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from webdataset.gopen import gopen
 
+from discrete_lit.core.variables import positive_number
 from discrete_lit.data.shard_cache import ShardCache, shard_cache
 from discrete_lit.data.tars import PermanentFailure
 
@@ -145,14 +146,7 @@ def read_timeout() -> float:
     Raises:
         ValueError: the environment variable is no positive number.
     """
-    given = os.environ.get(TIMEOUT_VARIABLE, str(_DEFAULT_SECONDS))
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"the environment variable {TIMEOUT_VARIABLE} is {given!r}; it must be a positive number")
-    return seconds
+    return positive_number(TIMEOUT_VARIABLE, _DEFAULT_SECONDS)
 
 
 class _Stream(io.RawIOBase):

@@ -22,7 +22,6 @@ A size is the side of a square, or (height, width): then the image is scaled to 
 
 import io
 import math
-import os
 import warnings
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
+from discrete_lit.core.variables import positive_number
 from discrete_lit.data.media import MediaKind, UndecodableSample
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
@@ -76,14 +76,7 @@ def image_bytes_limit() -> int:
     Raises:
         ValueError: the environment variable is no positive number.
     """
-    given = os.environ.get(IMAGE_BYTES_VARIABLE, str(_DEFAULT_MEGABYTES))
-    try:
-        limit = int(float(given) * 1e6)
-    except (ValueError, OverflowError):
-        limit = 0
-    if limit < 1:
-        raise ValueError(f"the environment variable {IMAGE_BYTES_VARIABLE} is {given!r}; it must be a positive number")
-    return limit
+    return math.ceil(positive_number(IMAGE_BYTES_VARIABLE, _DEFAULT_MEGABYTES) * 1e6)
 
 
 def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int = 3) -> Image.Image:

@@ -215,18 +215,21 @@ def test_lightning_resumes_in_mid_epoch(
         assert resumed.training_batches == whole.training_batches[cut:], cut
 
 
+@pytest.mark.parametrize("stop", [STEPS, 14])
 def test_lightning_resumes_what_max_steps_stopped(
-    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path, stop: int
 ) -> None:
+    """Saved by the caller of `fit`, who has it stopped behind an epoch, or in one."""
     whole, stopped, resumed = Recorder(), Recorder(), Recorder()
     make_trainer(tmp_path, max_epochs=-1, max_steps=30).fit(whole, datamodule=make_data())
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=14)
+    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=stop)
     trainer.fit(stopped, datamodule=make_data())
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=30)
+    trainer = make_trainer(tmp_path, [ContinueExactly()], max_epochs=-1, max_steps=30)
     trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "stopped.ckpt")
-    assert len(stopped.training_batches) == 14
+    assert len(stopped.training_batches) == stop
     assert stopped.training_batches + resumed.training_batches == whole.training_batches
+    assert trainer.current_epoch == 3 and trainer.global_step == 30
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
