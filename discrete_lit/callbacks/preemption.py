@@ -25,9 +25,9 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class Preemption(Callback):
     """Finish the batch on SIGUSR1 or SIGTERM, save, and end the process; `--ckpt_path last` goes on from there.
 
-    The handler only sets a flag. After each optimizer step the ranks agree whether any of them has it, so that all stop at the
-    same batch. The checkpoint is written beside the others as `last.ckpt`, whole or not at all. Then the process ends
-    by `SystemExit`: no validation and no end of the epoch, which have not been reached.
+    The handler only sets a flag. After each optimizer step the ranks agree whether any of them has it, so that all stop
+    at the same batch. The checkpoint is written beside the others as `last.ckpt`, whole or not at all. Then the process
+    ends by `SystemExit`: no validation and no end of the epoch, which have not been reached.
 
     SIGUSR1 is what the job script asks SLURM for before the time limit (`#SBATCH --signal=SIGUSR1@120`): rank 0 puts
     the job back into the queue and the exit status is 0. SIGTERM saves and ends with status 143 without requeueing,

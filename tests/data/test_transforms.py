@@ -37,10 +37,13 @@ def test_the_centre_crop_cuts_the_middle_of_the_longer_side() -> None:
     np.testing.assert_array_equal(center_crop(ramp(32, 50), 32), np.asarray(ramp(32, 50))[9:41])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 @pytest.mark.parametrize(("width", "height", "halvings"), [(70, 50, 0), (64, 90, 1), (130, 127, 1), (300, 261, 3)])
-def test_the_centre_crop_follows_adm(width: int, height: int, halvings: int) -> None:
+def test_the_centre_crop_follows_adm(width: int, height: int, halvings: int, mode: str) -> None:
     # Written out from the paper's protocol, one step after the other.
-    image = noise(width, height)
+    image = noise(width, height).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(noise(width, height, 1).convert("L"))
     expected = image
     for _ in range(halvings):
         expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
@@ -48,7 +51,7 @@ def test_the_centre_crop_follows_adm(width: int, height: int, halvings: int) -> 
     size = round(expected.width * scale), round(expected.height * scale)
     pixels = np.asarray(expected.resize(size, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - 32) // 2, (pixels.shape[1] - 32) // 2
-    np.testing.assert_array_equal(center_crop(image, 32), pixels[top : top + 32, left : left + 32])
+    np.testing.assert_array_equal(center_crop(image, 32).squeeze(), pixels[top : top + 32, left : left + 32])
 
 
 def test_a_small_image_is_enlarged() -> None:
