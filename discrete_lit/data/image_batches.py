@@ -244,10 +244,12 @@ def image_batch(samples: Sequence[LabelledSample], shape: tuple[int, int, int]) 
         samples: of the batch.
         shape: `(H, W, C)` of an image, for a batch of none.
     """
-    pixels = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
-    for row, sample in enumerate(samples):
-        pixels[row] = sample.values
-    images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
+    *crops, height, width, channels = samples[0].values.shape if samples else shape
+    images = torch.empty(len(samples), *crops, channels, height, width)
+    # One by one, while each is in the processor's cache.
+    for sample, image in zip(samples, images, strict=True):
+        pixels = torch.from_numpy(np.require(sample.values, requirements=["C", "W"]))
+        from_uint8(pixels.movedim(-1, -3), out=image)
     return {"image": images, **label_batch(samples)}
 
 

@@ -62,7 +62,7 @@ class TorchImage:
             return self
         import torch  # here, for what only reads pictures starts without it
 
-        values = torch.from_numpy(np.ascontiguousarray(self.pixels)).movedim(-1, 0)[None]
+        values = torch.from_numpy(np.require(self.pixels, requirements=["C", "W"])).movedim(-1, 0)[None]
         resized = torch.nn.functional.interpolate(values, size=size[::-1], mode="bicubic", antialias=True)
         return TorchImage(resized[0].movedim(0, -1).numpy())
 
