@@ -19,7 +19,7 @@ def take_steps(
 
     Returns:
         `global`: the indices of each global batch, in the order of the ranks; `state` behind them; `same`: whether the
-        state is that of every rank; `agreement`: seconds in which all agree, by `Preemption`, that none was told to end.
+        state is that of every rank; `agreement`: seconds until all know, by `Preemption`, that none was told to end.
     """
     rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
