@@ -72,7 +72,8 @@ def begin_next_epoch(trainer: Trainer) -> None:
     """
     fit_loop = trainer.fit_loop
     total = fit_loop.epoch_progress.total
-    over = total.ready == total.started == total.processed
+    # What `max_steps` cuts short counts as an epoch too.
+    over = total.ready == total.started == total.processed and fit_loop.epoch_loop.batch_progress.is_last_batch
     # At its last batch Lightning leaves the epoch by itself.
     if fit_loop.restarted_mid_epoch or not (fit_loop.restarting and over):
         return

@@ -178,12 +178,10 @@ def center_crop(image: Picture, size: ImageSize) -> np.ndarray:
     # but for the rounding of Pillow's filter, which is why everything else keeps to ADM's order.
     if _wastes(image, wide, high, part=width * height):
         return _pixels(_resized_part(image, wide, high, left=left, top=top, height=height, width=width))
-    if image.mode != "RGBA":  # which Pillow multiplies by its opacity before the first pass, and divides after the last
-        # Pillow filtered rows, rounded, and filtered columns when figures were published; 13.0 begins with what is
-        # cheaper, which rounds otherwise. Columns that are cut off need no second pass.
+    if _is_filtered_by_rows(image):  # the columns that are cut off need no second pass
         image = image.resize((wide, image.height), _BICUBIC).crop((left, 0, left + width, image.height))
         wide, left = width, 0
-    return _pixels(image.resize((wide, high), _BICUBIC))[top : top + height, left : left + width]
+    return _pixels(_resize(image, (wide, high)))[top : top + height, left : left + width]
 
 
 def ten_crops(image: Picture, size: ImageSize, scale: float) -> np.ndarray:
@@ -308,7 +306,7 @@ def random_resized_crop(
     """
     height, width = height_and_width(size)
     left, top, wide, high = random_part(*image.size, draw, area=area, aspect=aspect)
-    return _pixels(image.crop((left, top, left + wide, top + high)).resize((width, height), _BICUBIC))
+    return _pixels(_resize(image.crop((left, top, left + wide, top + high)), (width, height)))
 
 
 def dall_e_crop(image: Picture, size: ImageSize, randomness: tuple[float, float, float, float]) -> np.ndarray:
@@ -341,7 +339,7 @@ def dall_e_crop(image: Picture, size: ImageSize, randomness: tuple[float, float,
     left, top = (start, 0) if image.width > image.height else (0, start)
     largest = max(min(shorter, round(9 / 8 * side)), side)
     enlarged = side + int(scale * (largest - side + 1))
-    square = image.crop((left, top, left + shorter, top + shorter)).resize((enlarged, enlarged), _BICUBIC)
+    square = _resize(image.crop((left, top, left + shorter, top + shorter)), (enlarged, enlarged))
     top, left = int(row * (enlarged - side + 1)), int(column * (enlarged - side + 1))
     return _pixels(square)[top : top + side, left : left + side]
 
@@ -422,9 +420,43 @@ def _pixels(image: Picture) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def _is_filtered_by_rows(image: Picture) -> bool:
+    """Tell whether rows and columns may be filtered by two calls.
+
+    Pillow multiplies colours by their opacity before the first pass, and divides after the last; torch has one order.
+    """
+    return not isinstance(image, TorchImage) and image.mode != "RGBA"
+
+
+def _resize(
+    image: Picture,
+    size: tuple[int, int],
+    resample: Image.Resampling = _BICUBIC,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Picture:
+    """Resize a box of an image: filter its rows, round, filter its columns, as Pillow did when figures were published.
+
+    From 13.0 on it begins with the columns where that is cheaper, and rounds otherwise.
+    """
+    if isinstance(image, TorchImage):
+        assert box is None
+        return image.resize(size, resample)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    if not _is_filtered_by_rows(image):
+        return image.resize(size, resample, box=(left, top, right, bottom))
+    # The rows that the filter reaches: two of the coarser picture's on each side.
+    reach = 2 * max(1.0, (bottom - top) / size[1]) + 1
+    first, last = max(0, math.floor(top - reach)), min(image.height, math.ceil(bottom + reach))
+    if last - first < image.height:
+        image, top, bottom = image.crop((0, first, image.width, last)), top - first, bottom - first
+    rows = image.resize((size[0], image.height), resample, box=(left, 0, right, image.height))
+    return rows.resize(size, resample, box=(0, top, size[0], bottom))
+
+
 def _halved(image: Picture, height: int, width: int) -> Picture:
     while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), _BOX)
+        image = _resize(image, (image.width // 2, image.height // 2), _BOX)
     return image
 
 
@@ -450,4 +482,4 @@ def _resized_part(image: Picture, wide: int, high: int, *, left: int, top: int, 
     across, down = image.width / wide, image.height / high
     # Rounding must not put the box outside the image.
     right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-    return image.resize((width, height), _BICUBIC, box=(left * across, top * down, right, bottom))
+    return _resize(image, (width, height), box=(left * across, top * down, right, bottom))

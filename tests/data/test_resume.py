@@ -229,7 +229,8 @@ def test_lightning_resumes_what_max_steps_stopped(
     trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "stopped.ckpt")
     assert len(stopped.training_batches) == stop
     assert stopped.training_batches + resumed.training_batches == whole.training_batches
-    assert trainer.current_epoch == 3 and trainer.global_step == 30
+    # Lightning counts what `max_steps` cuts short as an epoch.
+    assert trainer.current_epoch == 3 + (stop % STEPS > 0) and trainer.global_step == 30
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

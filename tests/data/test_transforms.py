@@ -45,11 +45,13 @@ def test_the_centre_crop_of_an_image_of_the_right_size_is_the_image() -> None:
     np.testing.assert_array_equal(center_crop(image, 32), np.asarray(image))
 
 
-def rows_first(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def rows_first(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """Resize as Pillow did up to 12; from 13.0 on it begins with the columns where that is cheaper."""
     if image.mode != "RGBA":
-        image = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        image = image.resize((size[0], image.height), resample)
+    return image.resize(size, resample)
 
 
 def test_the_centre_crop_cuts_the_middle_of_the_longer_side() -> None:
@@ -66,10 +68,10 @@ def test_the_centre_crop_follows_adm(width: int, height: int, halvings: int, mod
         image.putalpha(noise(width, height, 1).convert("L"))
     expected = image
     for _ in range(halvings):
-        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+        expected = rows_first(expected, (expected.width // 2, expected.height // 2), Image.Resampling.BOX)
     scale = 32 / min(expected.size)
     size = round(expected.width * scale), round(expected.height * scale)
-    pixels = rows_first(expected, size)
+    pixels = np.asarray(rows_first(expected, size))
     top, left = (pixels.shape[0] - 32) // 2, (pixels.shape[1] - 32) // 2
     np.testing.assert_array_equal(center_crop(image, 32).squeeze(), pixels[top : top + 32, left : left + 32])
 
@@ -229,9 +231,9 @@ def test_a_crop_of_a_height_and_a_width_covers_them(width: int, height: int, siz
     image = noise(width, height)
     expected = image
     while expected.height >= 2 * size[0] and expected.width >= 2 * size[1]:
-        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+        expected = rows_first(expected, (expected.width // 2, expected.height // 2), Image.Resampling.BOX)
     scale = max(size[0] / expected.height, size[1] / expected.width)
-    pixels = rows_first(expected, (round(expected.width * scale), round(expected.height * scale)))
+    pixels = np.asarray(rows_first(expected, (round(expected.width * scale), round(expected.height * scale))))
     top, left = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2
     crop = center_crop(image, size)
     assert crop.shape == (*size, 3)
@@ -397,7 +399,7 @@ CROPS = {
 
 @pytest.mark.parametrize("changes", CROPS.values(), ids=CROPS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_fast_crops_are_the_exact_ones_but_for_a_level(changes: dict[str, Any], channels: int) -> None:
+def test_fast_crops_are_the_exact_ones_but_for_a_level_or_two(changes: dict[str, Any], channels: int) -> None:
     settings = {"image_size": 64, "seed": 0, "crop": "random", "flip": True, "apply_exif": False} | changes
     exact = ImagePipeline(**settings, image_channels=channels)
     fast = replace(exact, decoding="fast")
@@ -407,8 +409,9 @@ def test_fast_crops_are_the_exact_ones_but_for_a_level(changes: dict[str, Any], 
             ours, theirs = (each.training(data, 0, str(number)).astype(int) for each in (fast, exact))
             assert ours.shape == theirs.shape == exact.shape
             differing.append(np.abs(ours - theirs))
-    assert max(map(np.max, differing)) <= 1
+    assert max(map(np.max, differing)) <= 2
     assert np.mean([np.mean(each > 0) for each in differing]) < 0.02
+    assert np.mean([np.mean(each > 1) for each in differing]) < 1e-3
 
 
 def test_a_large_picture_is_decoded_at_half_of_its_size() -> None:
@@ -418,11 +421,12 @@ def test_a_large_picture_is_decoded_at_half_of_its_size() -> None:
     assert decode_image_fast(data).size == (420, 300)
     exact = ImagePipeline(100, 0, crop="center", flip=False, apply_exif=False)
     ours, theirs = (each.training(data, 0, "").astype(int) for each in (replace(exact, decoding="fast"), exact))
-    assert np.abs(ours - theirs).mean() < 1.5
+    off = np.abs(ours - theirs).mean()
+    assert 0 < off < 2.5 and 5 * off < np.abs(theirs[:, 1:] - theirs[:, :-1]).mean()
     # What is cut out before it is resized may be small.
     part = replace(exact, crop="random_resized", decoding="fast")
     whole = replace(part, decoding="exact")
-    assert np.abs(part.training(data, 0, "").astype(int) - whole.training(data, 0, "")).max() <= 1
+    assert np.abs(part.training(data, 0, "").astype(int) - whole.training(data, 0, "")).max() <= 2
 
 
 def test_fast_decoding_reads_what_exact_decoding_reads() -> None:
