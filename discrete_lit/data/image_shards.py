@@ -85,9 +85,9 @@ class ImageShards(ResumableDataModule):
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
         decoding: of training images: `exact` has the pixels of Pillow's filters, as published pipelines do; `fast`
-            decodes and resizes a JPEG file in half of the time, with pixels that differ by a level in a few places,
-            and one of twice the size that is needed at half of its size, see `transforms.decode_image_fast`. Images
-            that are measured, or made tokens of, are always exact.
+            decodes and resizes a JPEG file in two thirds of the time, with pixels that differ by a level in a few
+            places, and one of twice the size that is needed at half of its size, see `transforms.decode_image_fast`.
+            Images that are measured, or made tokens of, are always exact.
         image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         shuffle_window: samples of a worker that are mixed with each other, on top of the random order of the
             shards; each worker holds about that many undecoded images in memory.
