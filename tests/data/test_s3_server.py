@@ -61,15 +61,17 @@ def relay(listener: socket.socket, port: int, cuts: list[int]) -> None:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
-    while True:
-        try:
-            client, _ = listener.accept()
-        except OSError:
-            return
-        server = socket.create_connection(("127.0.0.1", port))
-        most = cuts.pop(0) if cuts else None
-        Thread(target=pass_on, args=(client, server, None), daemon=True).start()
-        Thread(target=pass_on, args=(server, client, most), daemon=True).start()
+    def join(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", port)) as server:
+            most = cuts.pop(0) if cuts else None
+            asking = Thread(target=pass_on, args=(client, server, None), daemon=True)
+            asking.start()
+            pass_on(server, client, most)
+            asking.join()
+
+    with suppress(OSError):  # of the listener, which the test closes
+        while True:
+            Thread(target=join, args=(listener.accept()[0],), daemon=True).start()
 
 
 @pytest.fixture(scope="module", params=list(COMMANDS))
@@ -116,10 +118,12 @@ def bucket(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    client = botocore.session.get_session().create_client("s3")
+    client: Any = botocore.session.get_session().create_client("s3")
     with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
         client.create_bucket(Bucket=BUCKET)
     yield Bucket(server[0], client, cuts)
+    client.close()
+    listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     remote._s3_client.cache_clear()
 
