@@ -168,7 +168,9 @@ def test_a_file_that_is_not_there_is_named(shards: Path) -> None:
     with pytest.raises(PermanentFailure, match="the server answers 404"):
         remote.open_url(f"s3://{BUCKET}/a set/no.tar").read()
     with pytest.raises(BrokenShard, match=rf"s3://{BUCKET}/a set/no\.tar: the server answers 404"):
-        data = ImageShards(train=f"s3://{BUCKET}/a set/no.tar", train_count=4, num_classes=3, image_size=8)
+        data = ImageShards(
+            train=f"s3://{BUCKET}/a set/no.tar", train_count=4, num_classes=3, image_size=8, batch_size=2
+        )
         list(data.evaluation_loader("train", 0, 1))
 
 
