@@ -489,15 +489,20 @@ class _Command(_Stream):
         # What it says of an error; a pipe that nobody empties would stop it.
         self._errors = tempfile.TemporaryFile()
         # A group of its own, so that what the shell started ends with it.
-        self._process = subprocess.Popen(
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            process_group=0,
-        )
+        # A worker of a loader does not end by SIGTERM, which the command would inherit.
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        try:
+            self._process = subprocess.Popen(
+                command,
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                process_group=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self._process.stdout is not None
         self._source = self._process.stdout
 

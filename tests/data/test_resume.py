@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import multiprocessing
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,6 +93,28 @@ def test_a_full_folder_for_temporary_files_is_an_error_and_not_a_hang(
     assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
     with pytest.raises(ValueError, match=r"has no room.* TMPDIR .*No space left on device"):
         list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
+
+
+def test_workers_outlive_a_signal_to_all_processes_of_a_job(
+    make_token_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As `scancel` and preemption of SLURM send it, and not the training itself, which ends them so."""
+    data = TokenArrays(str(make_token_folder(tmp_path / "tokens", count=64)), batch_size=2, num_workers=2)
+    loader = data.training_loader(0, 1)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == 31 and loader.consumed == 32
+
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_the_state_is_the_same_on_every_rank(make_data: Callable[..., ResumableDataModule]) -> None:
