@@ -12,6 +12,7 @@ from discrete_lit.data.sources.moving_digits import MovingDigits
 from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
+from discrete_lit.data.sources.spoken_digits import SpokenDigits
 from discrete_lit.data.sources.spoken_prompts import SpokenPrompts
 from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
 
@@ -28,6 +29,7 @@ __all__ = [
     "PartOfSource",
     "Sample",
     "Source",
+    "SpokenDigits",
     "SpokenPrompts",
     "TuxpaintStamps",
     "VideoFolders",
