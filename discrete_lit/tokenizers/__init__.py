@@ -1,6 +1,7 @@
 """Tokenizers of ids and of continuous latents, as LightningModules."""
 
 from discrete_lit.tokenizers.characters import Characters
+from discrete_lit.tokenizers.chunked_encodec import ChunkedEnCodec
 from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.encodec import EnCodec
@@ -38,6 +39,7 @@ __all__ = [
     "VQGAN",
     "VQVAE",
     "Characters",
+    "ChunkedEnCodec",
     "CodebookLatents",
     "ColourPalette",
     "ContinuousTokenizer",

@@ -224,6 +224,10 @@ class EnCodec(AutoencoderTokenizer):
         state = {name: value for name, value in super().coding_state().items() if not name.startswith("si_snr")}
         return state | {"books": torch.tensor((self.books, self.sample_rate))}
 
+    def reconstruct_by(self, images: Tensor, books: int) -> Tensor:
+        """Encode waveforms `(B, C, T)` by the first codes of each frame alone, and decode them: `(B, C, T)`."""
+        return self.decode(self.encode(images, books=books))[..., : images.shape[-1]]
+
     # What an autoencoder is.
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
@@ -250,10 +254,8 @@ class EnCodec(AutoencoderTokenizer):
         self.si_snr.update(reconstructions, images)
         self.spectral_distance.update(reconstructions, images)
         if self.si_snr_of_books:
-            tokens = self.encode(images, books=self.depth)
             for number, metric in self.si_snr_of_books.items():
-                decoded = self.decode(tokens[..., : int(number)])[..., : images.shape[-1]]
-                cast(SISNR, metric).update(decoded, images)
+                cast(SISNR, metric).update(self.reconstruct_by(images, int(number)), images)
         of_books = {f"si_snr/books_{number}": cast(Metric, each) for number, each in self.si_snr_of_books.items()}
         return {"si_snr": self.si_snr, "spectral_distance": self.spectral_distance, **of_books}
 
