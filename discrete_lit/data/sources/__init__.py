@@ -14,7 +14,7 @@ from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
 from discrete_lit.data.sources.spoken_digits import SpokenDigits
 from discrete_lit.data.sources.spoken_prompts import SpokenPrompts
-from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
+from discrete_lit.data.sources.tuxpaint import TuxpaintSpeech, TuxpaintStamps
 
 __all__ = [
     "ClassFolders",
@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "SpokenDigits",
     "SpokenPrompts",
+    "TuxpaintSpeech",
     "TuxpaintStamps",
     "VideoFolders",
 ]
