@@ -27,7 +27,7 @@ from discrete_lit.tokenizers.tokenizer import (
     freeze,
     from_checkpoint,
 )
-from discrete_lit.tokenizers.uncoded_latents import CodebookLatents, LatentGrid, RawPixels
+from discrete_lit.tokenizers.uncoded_latents import CodebookLatents, LatentGrid, RawFrames, RawPixels
 from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "PerturbedTokenizer",
     "PixelLevels",
     "ProxyDecoder",
+    "RawFrames",
     "RawPixels",
     "StaticTextEncoder",
     "T5TextEncoder",

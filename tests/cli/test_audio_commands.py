@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.sounds import write_tones
+from helpers.sounds import audio_bytes, write_tones
 from helpers.tiny_runs import QUIET
 
 import discrete_lit
@@ -193,3 +193,52 @@ def test_clips_are_measured_against_real_ones(
         with pytest.raises(SystemExit):
             main([*given, *more])
         assert message in capsys.readouterr().err
+
+
+def write_bad(folder: Path) -> None:
+    """Eight tones, of which one is silence, one shorter than a window, one cut off, and one holds a NaN."""
+    write_tones(folder)
+    silence, whole = np.zeros((640, 1), dtype=np.float32), (folder / "high" / "1.wav").read_bytes()
+    holes = silence.copy()
+    holes[7] = np.nan
+    (folder / "low" / "0.wav").write_bytes(audio_bytes(silence, 8000))
+    (folder / "low" / "2.wav").write_bytes(audio_bytes(silence[:3], 8000))
+    (folder / "low" / "4.wav").write_bytes(whole[:500])
+    (folder / "low" / "6.wav").write_bytes(audio_bytes(holes, 8000, subtype="FLOAT"))
+
+
+def test_bad_clips_are_counted_or_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silence and a short clip are coded and trained on; a cut file and a NaN end the run, or are replaced and told."""
+    write_bad(tmp_path / "bad")
+    given = ["--data", "AudioClips", "--data.train", str(tmp_path / "bad"), "--data.length", "256"]
+    given += ["--data.sample_rate", "8000", "--data.batch_size", "2", "--data.num_workers", "0"]
+    command = ["tokenize", "--ckpt_path", str(runs["codec"]), "--output", str(tmp_path / "tokens"), *given]
+    with pytest.raises(SystemExit):
+        main([*command, "--accelerator", "cpu"])
+    assert "samples are bad" in capsys.readouterr().err
+    clips = {"train": str(tmp_path / "bad"), "sample_rate": 8000, "length": 256, "batch_size": 2, "num_workers": 0}
+    data = {"class_path": "AudioClips", "init_args": {**clips, "max_bad_fraction": 0.3}}
+    codec = discrete_lit.load(fit(tmp_path / "run", CODEC, data))
+    assert all(value.isfinite().all() for value in codec.state_dict().values())
+    assert "it is cut off" in caplog.text and "1 of its samples are not finite numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--model.init_args.books", "3"], "this codec has 2 codebooks (depth), numbers of books are in 1..2"),
+        (["--model.init_args.training_books", "[1, 3]"], "this codec has 2 codebooks (depth)"),
+        (["--data.init_args.length", "16"], "clips of 16 samples are shorter than the shortest window, 32"),
+        (["--data.init_args.sample_rate", "16000"], "the data have 16000 samples a second"),
+        (["--data.init_args.channels", "2"], "this codec takes waveforms (B, 1, T) of T > 0 samples, got (4, 2, 256)"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(
+    runs: dict[str, Path], setting: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe = runs["codec"].parents[1].with_suffix(".yaml")
+        main(["fit", "--config", str(recipe), "--run_dir", str(tmp_path / "run"), *setting])
+    assert message in capsys.readouterr().err

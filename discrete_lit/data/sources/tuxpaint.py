@@ -148,7 +148,7 @@ class TuxpaintSpeech(Source):
             raise ValueError(f"languages={list(languages)}: accepted are some of {', '.join(known)}, each once")
         self._paths, self._captions, entries = list[Path](), list[tuple[str, ...]](), list[Entry]()
         for path, stamp, language in found:
-            name = path.with_name(stamp).relative_to(folder)
+            name = path.with_name(f"{stamp}.png").relative_to(folder)
             if language not in languages or _is_test(name) != (split == "test"):
                 continue
             text = _captions(path.with_name(f"{stamp}.txt")).get(language)
