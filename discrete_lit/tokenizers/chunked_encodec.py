@@ -8,6 +8,7 @@ mean square of each chunk is a number beside the codes. A generator makes codes 
 loudness.
 """
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -106,6 +107,19 @@ class ChunkedEnCodec(EnCodec):
         """
         self.check_tokens(tokens)
         return self.to_images(self._decoded(self.quantizer.lookup(tokens), scales))
+
+    def streaming_decoder(self) -> Callable[[Tensor], Tensor]:
+        """Refuse: a chunk is heard when all of it is there.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("ChunkedEnCodec decodes whole chunks, which decode takes one or several at a time")
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """What that of `EnCodec` holds, and the settings of the chunks."""
+        of_chunks = torch.tensor((self.chunk_length, self.overlap, self.loudness), dtype=torch.float64)
+        return super().coding_state() | {"chunks": of_chunks}
 
     def _decoded(self, codes: Tensor, scales: Tensor | None) -> Tensor:
         frames = self.chunk_length // self.hop

@@ -218,7 +218,8 @@ def test_bad_clips_are_counted_or_refused(
     with pytest.raises(SystemExit):
         main([*command, "--accelerator", "cpu"])
     assert "samples are bad" in capsys.readouterr().err
-    clips = {"train": str(tmp_path / "bad"), "sample_rate": 8000, "length": 256, "batch_size": 2, "num_workers": 0}
+    clips = {"train": str(tmp_path / "bad"), "sample_rate": 8000, "length": 256, "batch_size": 4, "num_workers": 0}
+    clips["validation"] = str(runs["tones"])
     data = {"class_path": "AudioClips", "init_args": {**clips, "max_bad_fraction": 0.3}}
     codec = discrete_lit.load(fit(tmp_path / "run", CODEC, data))
     assert all(value.isfinite().all() for value in codec.state_dict().values())

@@ -473,7 +473,7 @@ def test_a_waveform_is_drawn_given_its_codes() -> None:
         sampler=GuidedSolver(Euler(steps=2)),
         optimizer=partial(torch.optim.Adam, lr=1e-3),
     )
-    randomise(decoder.backbone)
+    randomise(decoder.backbone, 0.1)
     clips = waveforms(3, 1, 60)
     random = CounterRandom(0, torch.arange(3))
     batch = {"audio": clips}

@@ -268,6 +268,11 @@ def test_chunks_are_cut_and_joined() -> None:
     loss.backward()
     assert made.tokens is not None and made.tokens.shape == (2, *codec.token_shape((300,)))
     assert codec.network.encoder[0].conv.bias.grad.any() and {"waveform", "commitment"} <= set(terms)
+    louder = ChunkedEnCodec(network, **given, chunk_length=64, overlap=8, loudness=0.2)
+    louder.load_state_dict(codec.state_dict())
+    assert louder.fingerprint() != codec.fingerprint()
+    with pytest.raises(ValueError, match="decodes whole chunks"):
+        codec.streaming_decoder()
     silence = codec.eval().reconstruct_by(torch.zeros(1, 2, 100), 2)
     assert silence.shape == (1, 2, 100) and silence.abs().max() < 1e-4
     for settings in ({"chunk_length": 60}, {"chunk_length": 64, "overlap": 64}, {"chunk_length": 64, "loudness": 0}):
