@@ -11,6 +11,8 @@ COLOUR := runs/quickstart_colour
 COLOUR_CONFIGS := lightning_configs/quickstart_colour
 DIGITS := runs/quickstart_digits
 DIGITS_CONFIGS := lightning_configs/quickstart_digits
+AUDIO := runs/quickstart_audio
+AUDIO_CONFIGS := lightning_configs/quickstart_audio
 LIT := $(BIN)/discrete-lit
 # What training sees; the table's images are those of the split `test`.
 SHARDS := train validation
@@ -18,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-audio seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -230,6 +232,52 @@ $(SUMS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finish
 
 $(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
 	$(LIT) sample --config $(DIGITS_CONFIGS)/sample_sums.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
+
+quickstart-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/evaluation/report.md ## a codec of speech, and two digits said from a text
+	$(BIN)/python docs/experiments/audio.py --output $(AUDIO)
+	@echo
+	@echo "to listen to: $(AUDIO)/listen $(AUDIO)/speech/samples/clips"
+	@echo "training log: $(BIN)/tensorboard --logdir $(AUDIO)"
+
+SOUNDS := $(AUDIO)/package/usr/share/asterisk/sounds/en_US_f_Allison
+
+$(SOUNDS): | .venv/installed
+	mkdir -p $(AUDIO)/package
+	cd $(AUDIO) && apt-get download asterisk-core-sounds-en-wav && dpkg -x asterisk-core-sounds-en-wav*.deb package
+
+$(AUDIO)/shards/train/manifest.json: | $(SOUNDS)
+	$(LIT) shards --config $(AUDIO_CONFIGS)/shards.yaml
+
+$(AUDIO)/shards/test/manifest.json: | $(SOUNDS)
+	$(LIT) shards --config $(AUDIO_CONFIGS)/shards.yaml --source.init_args.split test --split test --output $(@D)
+
+$(AUDIO)/words/train/manifest.json: | $(SOUNDS)
+	$(LIT) shards --config $(AUDIO_CONFIGS)/words.yaml
+
+$(AUDIO)/words/test/manifest.json: | $(SOUNDS)
+	$(LIT) shards --config $(AUDIO_CONFIGS)/words.yaml --source.init_args.split test --source.init_args.count 200 \
+		--split test --output $(@D)
+
+$(AUDIO)/words.json: $(AUDIO)/words/train/manifest.json
+	$(LIT) text_tokenizer --shards $(<D) --vocab_size 300 --output $@
+
+$(AUDIO)/codec/finished: $(AUDIO)/shards/train/manifest.json $(AUDIO)/shards/test/manifest.json
+	$(LIT) fit --config $(AUDIO_CONFIGS)/codec.yaml --ckpt_path last
+	@touch $@
+
+$(AUDIO)/evaluation/report.md: $(AUDIO)/codec/finished
+	$(LIT) evaluate_audio --config $(AUDIO_CONFIGS)/evaluate.yaml
+
+$(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json: $(AUDIO)/tokens/%/manifest.json: \
+		$(AUDIO)/codec/finished $(AUDIO)/words/train/manifest.json $(AUDIO)/words/test/manifest.json
+	$(LIT) tokenize --config $(AUDIO_CONFIGS)/tokens.yaml --split $* --output $(@D)
+
+$(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json $(AUDIO)/words.json
+	$(LIT) fit --config $(AUDIO_CONFIGS)/speech.yaml --ckpt_path last
+	@touch $@
+
+$(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished
+	$(LIT) sample --config $(AUDIO_CONFIGS)/sample.yaml
 
 # The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all

@@ -62,7 +62,7 @@ class AudioExamples(Callback):
     def _clips(self, module: LightningModule, batch: Any) -> dict[str, Tensor]:
         if isinstance(module, EnCodec):
             originals = batch["audio"][: self.count]
-            made = {"reconstruction": module.decode(module.encode(originals))[..., : originals.shape[-1]]}
+            made = {"reconstruction": module.reconstruct_by(originals, module.books)}
             first, self._shown = not self._shown, True
             return {"original": originals, **made} if first else made
         assert isinstance(module, Generator)

@@ -128,7 +128,7 @@ class ReconstructionGrid(ImageGrid):
     def applies_to(self, module: LightningModule) -> bool:
         if isinstance(module, Tokenizer | ContinuousTokenizer):
             return module.makes_images or module.modality == "video"
-        return isinstance(module, TokenDiffusionDecoder)
+        return isinstance(module, TokenDiffusionDecoder) and module.tokenizer.modality != "audio"
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         originals = next(batch[name] for name in MODALITIES if name in batch)[: self.count]

@@ -186,7 +186,7 @@ def sample(
     if decoder is not None:
         decoding = _load_decoder(decoder, generator, decoder_sampler, decoder_steps)
     makes_audio, makes_clips = isinstance(generator.tokenizer, EnCodec), generator.tokenizer.modality == "video"
-    makes_images = decoding is not None or generator.tokenizer.makes_images or makes_clips
+    makes_images = (decoding is not None and not makes_audio) or generator.tokenizer.makes_images or makes_clips
     if sampler is not None and not isinstance(sampler, generator.sampler_kind):
         raise ValueError(
             f"sampler={type(sampler).__name__} does not draw from a {type(generator).__name__}, which needs a "
@@ -284,7 +284,7 @@ def sample(
             run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(drawn_rows.thoughts_path)))
         rows = np.load(drawn_rows.path, mmap_mode="c")
         labels_of_rows = np.resize(cycle.numpy(), num_samples)
-        own_tokenizer = None if decoding else generator.tokenizer
+        own_tokenizer = None if decoding and not makes_audio else generator.tokenizer
         _write(folder, own_tokenizer, rows, labels_of_rows, run, frame_rate=frame_rate)
         if prompts is not None and prompts.metadata is not None:
             write_geneval(folder / GENEVAL_FOLDER, np.load(drawn_rows.path, mmap_mode="r"), prompts)

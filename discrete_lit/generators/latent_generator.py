@@ -97,13 +97,13 @@ class LatentGenerator(ClassConditionalTraining):
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         if "latents" in batch:
             latents = batch["latents"]
-        elif "image" in batch:
+        elif (coded := self.tokenizer.modality) in batch:
             with torch.no_grad():
-                latents = self.tokenizer.encode(batch["image"], random)
+                latents = self.tokenizer.encode(batch[coded], random)
         else:
             raise ValueError(
-                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "image" or "latents"; ids '
-                "are for the generators of tokens"
+                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "{coded}" or "latents"; '
+                "ids are for the generators of tokens"
             )
         self.check_latents(latents)
         self.check_scale(latents)

@@ -39,13 +39,15 @@ class TokenDiffusionDecoder(LatentDiffusion):
     """Draw images, or their latents, given their tokens d, by undoing Gaussian noise.
 
     Tokens on a grid are a context, of which each place reads the nearest vector; a row of tokens without a place, as
-    TiTok's, is a set of vectors that every place attends to, with learned positions. A batch holds images, which both
-    tokenizers encode, or `"tokens"` beside `"image"` or `"latents"`. The class is one more condition, where
-    `num_classes` is above 1, and so is a text, where the network has a `context_dim`; guidance drops all of them
-    together.
+    TiTok's, is a set of vectors that every place attends to, with learned positions. The codes of a codec's frames are
+    a grid of one column, which `RawFrames` gives the samples too: so a waveform is drawn given its codes. A batch holds
+    images, which both tokenizers encode, or `"tokens"` beside `"image"` or `"latents"`. The class is one more
+    condition, where `num_classes` is above 1, and so is a text, where the network has a `context_dim`; guidance drops
+    all of them together.
 
     Args:
-        tokenizer: of what is drawn, frozen here: `RawPixels`, or a `KLVAE` by `continuous_from_checkpoint`.
+        tokenizer: of what is drawn, frozen here: `RawPixels`, `RawFrames`, or a `KLVAE` by
+            `continuous_from_checkpoint`.
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
         discrete: the tokenizer of the tokens, frozen here; `from_checkpoint` in a YAML.
         num_classes: labels lie in [0, num_classes); 1 for a decoder that is told no class.
@@ -134,15 +136,15 @@ class TokenDiffusionDecoder(LatentDiffusion):
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the ids `(B, *token_shape)` of a batch, of its images where it holds none, and keep them in it."""
         if "tokens" not in batch:
-            if "image" not in batch:
+            if (coded := self.discrete.modality) not in batch:
                 raise ValueError(
-                    f'a batch holds {", ".join(map(str, batch))}: TokenDiffusionDecoder needs "image", or "latents" '
+                    f'a batch holds {", ".join(map(str, batch))}: TokenDiffusionDecoder needs "{coded}", or "latents" '
                     'and "tokens" of the same images'
                 )
             # The same images are checked by `tokenizer`, later if it can be.
             self.discrete.late_checks = None if "latents" in batch else []
             with torch.no_grad():
-                batch["tokens"] = self.discrete.encode(batch["image"])
+                batch["tokens"] = self.discrete.encode(batch[coded])
             self.discrete.late_checks = None
         self.check_tokens(batch["tokens"])
         return batch["tokens"]
@@ -208,6 +210,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
         if self.token_input == "codes":
             with torch.no_grad():
                 codes = self.discrete.embed(ids.clamp(max=self.null_id - 1).reshape(-1, *self.token_shape))
+                codes = codes.reshape(-1, *self.read_shape)
         read, text = self.token_embedding(ids, codes, dropped), super().given(condition)
         if len(self.read_shape) == 3:
             return {"context": read, **text}
@@ -455,6 +458,8 @@ def _shape_read(
         with torch.no_grad():
             ids = torch.zeros(1, *token_shape, dtype=torch.int64, device=discrete.device)
             shape = tuple(discrete.embed(ids).shape[1:])
+    if discrete.modality == "audio" and len(shape) == 2:
+        shape = (*shape, 1)
     if len(shape) not in (2, 3):
         raise ValueError(
             f"a decoder reads tokens as a grid of two axes or as a row; token_input={token_input!r} gives "

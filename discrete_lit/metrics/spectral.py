@@ -18,6 +18,7 @@ from discrete_lit.metrics.binned_mean import Mean
 
 SCALES = (32, 64, 128, 256, 512, 1024, 2048)
 """Windows of the multi-scale spectral loss of EnCodec: 2^5 to 2^11 samples."""
+_QUIET = 1e-3
 
 
 class MultiScaleSpectralDistance(nn.Module):
@@ -27,23 +28,30 @@ class MultiScaleSpectralDistance(nn.Module):
     spectrum of windows of so many samples that overlap by three quarters. The paper has sums where means stand here, so
     that the number does not depend on the length of a clip.
 
+    With `log_weight` a scale also has `log_weight * mean |log(S(x) + e) - log(S(y) + e)|` (DDSP: Engel et al., 2020,
+    eq. 4), e = 0.001: the quiet bands, of which magnitudes say little, then count as the loud ones do.
+
     Args:
         sample_rate: in hertz.
         windows: of the scales, in samples. Those that are longer than a clip are left out.
         bands: mel bands; of short windows at most a quarter as many as they have samples, 1 at least.
+        log_weight: of the distance of logarithms, in nepers; 0 leaves it out.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
-    def __init__(self, sample_rate: int, *, windows: Sequence[int] = SCALES, bands: int = 64) -> None:
+    def __init__(
+        self, sample_rate: int, *, windows: Sequence[int] = SCALES, bands: int = 64, log_weight: float = 0.0
+    ) -> None:
         super().__init__()
-        if sample_rate < 1 or not windows or min(windows) < 4 or bands < 1:
+        if sample_rate < 1 or not windows or min(windows) < 4 or bands < 1 or not log_weight >= 0:
             raise ValueError(
-                "a multi-scale spectral distance needs a sample_rate and bands of at least 1 and windows of at least 4 "
-                f"samples, got {sample_rate}, {bands} and {list(windows)}"
+                "a multi-scale spectral distance needs a sample_rate and bands of at least 1, windows of at least 4 "
+                f"samples and a log_weight of at least 0, got {sample_rate}, {bands}, {list(windows)} and {log_weight}"
             )
         self.sample_rate, self.windows, self.bands = sample_rate, tuple(windows), bands
+        self.log_weight = log_weight
 
     def forward(self, outputs: Tensor, waveforms: Tensor) -> Tensor:
         """Compare `(B, C, T)` with `(B, C, T)`: the distance of each, `(B,)`. Differentiable.
@@ -61,9 +69,12 @@ class MultiScaleSpectralDistance(nn.Module):
         with full_precision(outputs.device):
             for window in fitting:
                 bands = min(self.bands, max(window // 4, 1))
-                difference = mel_spectrum(outputs, self.sample_rate, window=window, bands=bands)
-                difference = difference - mel_spectrum(waveforms, self.sample_rate, window=window, bands=bands)
-                difference = difference.flatten(1)
+                own = mel_spectrum(outputs, self.sample_rate, window=window, bands=bands)
+                other = mel_spectrum(waveforms, self.sample_rate, window=window, bands=bands)
+                difference = (own - other).flatten(1)
+                if self.log_weight:
+                    ratio = ((own + _QUIET) / (other + _QUIET)).log().flatten(1)
+                    total = total + self.log_weight * ratio.abs().mean(dim=1)
                 # Beside 0, where the root has no derivative.
                 total = total + difference.abs().mean(dim=1) + (difference.square().mean(dim=1) + 1e-12).sqrt()
         return total / len(fitting)

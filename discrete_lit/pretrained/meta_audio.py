@@ -12,12 +12,11 @@ from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
 
 _WEIGHT = "conv.parametrizations.weight.original1"
-_NOT_READ = "models with it (facebook/encodec_48khz) are not read yet"
 
 
 @register("encodec", marks=("encoder.layers.0.conv.bias", "quantizer.layers.0.codebook.embed"), section=None)
 def encodec(state: State, settings: Settings) -> Conversion:
-    """Convert `facebook/encodec_24khz` or `encodec_32khz`; not the 48 kHz model, which normalises and cuts a clip.
+    """Convert `facebook/encodec_24khz`, `encodec_32khz` or `encodec_48khz`, which normalises chunks (`ChunkedEnCodec`).
 
     `encode` gives the codes of the largest bandwidth; `books` asks for fewer.
     """
@@ -44,11 +43,7 @@ def encodec(state: State, settings: Settings) -> Conversion:
     bits = log2(codebook_size) * ceil(sample_rate / prod(ratios))
     # Bandwidths of as many books stay apart: training draws one of them.
     books = sorted(min(max(1, floor(bandwidth * 1000 / bits)), depth) for bandwidth in bandwidths) or [depth]
-    if settings.take("normalize", False):
-        raise ValueError(f"reference_config has normalize=true: {_NOT_READ}")
-    for name in ("chunk_length_s", "overlap"):
-        if settings.optional(name, float) is not None:
-            raise ValueError(f"reference_config has {name}: {_NOT_READ}")
+    chunked = _chunks(settings, sample_rate=sample_rate)
     rules = []
     for half in ("encoder", "decoder"):
         ours, theirs = f"network.{half}.{{layer}}", f"{half}.layers.{{layer}}"
@@ -59,7 +54,7 @@ def encodec(state: State, settings: Settings) -> Conversion:
         rules.append((f"quantizer.codebooks.{{book}}.{ours}", f"quantizer.layers.{{book}}.codebook.{theirs}"))
     return Conversion(
         config={
-            "class_path": "discrete_lit.tokenizers.EnCodec",
+            "class_path": f"discrete_lit.tokenizers.{'ChunkedEnCodec' if chunked else 'EnCodec'}",
             "init_args": {
                 "network": {"class_path": "discrete_lit.tokenizers.networks.SEANet", "init_args": network},
                 "codebook_size": codebook_size,
@@ -70,6 +65,7 @@ def encodec(state: State, settings: Settings) -> Conversion:
                 "training_books": books,
                 # The codes are there: none begin anew from data.
                 "codebook_init": "uniform",
+                **chunked,
             },
         },
         tensors=state,
@@ -77,6 +73,22 @@ def encodec(state: State, settings: Settings) -> Conversion:
         dropped=("quantizer.layers.*.codebook.inited",),
         kept=("quantizer.codebooks.*.steps",),
     )
+
+
+def _chunks(settings: Settings, *, sample_rate: int) -> dict[str, Any]:
+    """Return the arguments of `ChunkedEnCodec`; none of a model that codes a clip as a whole."""
+    seconds, overlap = settings.optional("chunk_length_s", float), settings.optional("overlap", float)
+    normalize = settings.take("normalize", False)
+    if (seconds is not None) != normalize or (seconds is None and overlap is not None):
+        raise ValueError(
+            f"reference_config has normalize={normalize}, chunk_length_s={seconds} and overlap={overlap}: the "
+            "published models have all three (facebook/encodec_48khz) or none"
+        )
+    if seconds is None:
+        return {}
+    length = int(seconds * sample_rate)
+    stride = max(1, int((1 - (overlap or 0)) * length))
+    return {"chunk_length": length, "overlap": length - stride}
 
 
 def _seanet(state: State, settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tokenizers of ids and of continuous latents, as LightningModules."""
 
 from discrete_lit.tokenizers.characters import Characters
+from discrete_lit.tokenizers.chunked_encodec import ChunkedEnCodec
 from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.encodec import EnCodec
@@ -26,7 +27,7 @@ from discrete_lit.tokenizers.tokenizer import (
     freeze,
     from_checkpoint,
 )
-from discrete_lit.tokenizers.uncoded_latents import CodebookLatents, LatentGrid, RawPixels
+from discrete_lit.tokenizers.uncoded_latents import CodebookLatents, LatentGrid, RawFrames, RawPixels
 from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "VQGAN",
     "VQVAE",
     "Characters",
+    "ChunkedEnCodec",
     "CodebookLatents",
     "ColourPalette",
     "ContinuousTokenizer",
@@ -53,6 +55,7 @@ __all__ = [
     "PerturbedTokenizer",
     "PixelLevels",
     "ProxyDecoder",
+    "RawFrames",
     "RawPixels",
     "StaticTextEncoder",
     "T5TextEncoder",

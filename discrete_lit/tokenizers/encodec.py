@@ -24,7 +24,7 @@ from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.spectral import SCALES, SISNR, SpectralDistance
 from discrete_lit.optimization import Accumulation, WeightDecayRule, evaluation_stage
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
-from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer
+from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer, WaveformLoss
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
 from discrete_lit.tokenizers.networks import SEANet
 from discrete_lit.tokenizers.quantizers import ResidualQuantizer
@@ -53,7 +53,9 @@ class EnCodec(AutoencoderTokenizer):
         decay: of the running means of the codes.
         codebook_init: where the codes begin, as for `VQVAE`.
         revive_below: codes with fewer latents a batch than this are replaced; 2 in EnCodec's code.
-        waveform_weight, spectral_weight, spectral_windows: of `AudioObjective`.
+        autoencoder_steps: the first steps of a training leave the latents as they are; the codes then begin at latents
+            that already say something. Until then reconstructions by codes are silence.
+        waveform_weight, waveform_loss, spectral_weight, spectral_windows, spectral_log_weight: of `AudioObjective`.
         adversarial_loss: with a discriminator, when training.
         balancer: of the gradients at the decoder's output; None adds them up by their weights.
         optimizer: from parameters to an optimizer; needed to train.
@@ -83,9 +85,12 @@ class EnCodec(AutoencoderTokenizer):
         decay: float = 0.99,
         codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "kmeans",
         revive_below: float | None = 2.0,
+        autoencoder_steps: int = 0,
         waveform_weight: float = 0.1,
+        waveform_loss: WaveformLoss = "l1",
         spectral_weight: float = 2.0,
         spectral_windows: Sequence[int] = SCALES,
+        spectral_log_weight: float = 0.0,
         adversarial_loss: SpectrogramAdversarialLoss | None = None,
         balancer: GradientBalancer | None = None,
         optimizer: OptimizerCallable | None = None,
@@ -113,6 +118,8 @@ class EnCodec(AutoencoderTokenizer):
         )
         if sample_rate < 1:
             raise ValueError(f"sample_rate must be at least 1 hertz, got {sample_rate}")
+        if autoencoder_steps < 0:
+            raise ValueError(f"autoencoder_steps must be at least 0, got {autoencoder_steps}")
         given = [*(training_books or ()), *(() if books is None else (books,))]
         if training_books in ((), []) or any(not 1 <= number <= depth for number in given):
             raise ValueError(
@@ -124,12 +131,15 @@ class EnCodec(AutoencoderTokenizer):
             waveform_weight=waveform_weight,
             spectral_weight=spectral_weight,
             windows=spectral_windows,
+            log_weight=spectral_log_weight,
+            waveform_loss=waveform_loss,
             adversarial_loss=adversarial_loss,
             balancer=balancer,
         )
         self.sample_rate = sample_rate
         self.depth = depth
         self.books = books or depth
+        self.autoencoder_steps = autoencoder_steps
         self.training_books = None if training_books is None else tuple(training_books)
         self.si_snr = SISNR()
         self.spectral_distance = SpectralDistance(sample_rate, windows=spectral_windows)
@@ -220,9 +230,15 @@ class EnCodec(AutoencoderTokenizer):
         state = {name: value for name, value in super().coding_state().items() if not name.startswith("si_snr")}
         return state | {"books": torch.tensor((self.books, self.sample_rate))}
 
+    def reconstruct_by(self, images: Tensor, books: int) -> Tensor:
+        """Encode waveforms `(B, C, T)` by the first codes of each frame alone, and decode them: `(B, C, T)`."""
+        return self.decode(self.encode(images, books=books))[..., : images.shape[-1]]
+
     # What an autoencoder is.
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        if step is not None and step < self.autoencoder_steps:
+            return Reconstruction(outputs=self.outputs(self.latents(images))[..., : images.shape[-1]])
         quantized = self.quantizer(self.latents(images), depth=self._books_at(step))
         outputs = self.outputs(quantized.z_q)[..., : images.shape[-1]]
         return Reconstruction(outputs=outputs, losses=quantized.losses, tokens=quantized.tokens)
@@ -244,10 +260,8 @@ class EnCodec(AutoencoderTokenizer):
         self.si_snr.update(reconstructions, images)
         self.spectral_distance.update(reconstructions, images)
         if self.si_snr_of_books:
-            tokens = self.encode(images, books=self.depth)
             for number, metric in self.si_snr_of_books.items():
-                decoded = self.decode(tokens[..., : int(number)])[..., : images.shape[-1]]
-                cast(SISNR, metric).update(decoded, images)
+                cast(SISNR, metric).update(self.reconstruct_by(images, int(number)), images)
         of_books = {f"si_snr/books_{number}": cast(Metric, each) for number, each in self.si_snr_of_books.items()}
         return {"si_snr": self.si_snr, "spectral_distance": self.spectral_distance, **of_books}
 

@@ -1,7 +1,7 @@
 """Continuous tokenizers without a network of their own, for generators of latents.
 
-`RawPixels` gives pixels as they are, `CodebookLatents` what another tokenizer has before its codebook, and `LatentGrid`
-the shape of latents whose tokenizer is missing.
+`RawPixels` gives pixels as they are, `RawFrames` the samples of a waveform, `CodebookLatents` what another tokenizer
+has before its codebook, and `LatentGrid` the shape of latents whose tokenizer is missing.
 """
 
 from typing import NoReturn
@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from discrete_lit.checkpoints import record_config
 from discrete_lit.core.images import ImageSize, check_channels, height_and_width
@@ -58,6 +59,63 @@ class RawPixels(ContinuousTokenizer):
     def coding_state(self) -> dict[str, Tensor]:
         """The channels and the scale: all that tells two of them apart."""
         return {"scale": torch.tensor((self.latent_dim, self.scale), dtype=torch.float64)}
+
+
+class RawFrames(ContinuousTokenizer):
+    """Give a generator of latents the samples of a waveform, those of a frame as the channels of one place.
+
+    Waveforms `(B, C, T)` become latents `(B, C * hop, ceil(T / hop), 1)`: a column of places, for the networks of a
+    grid. The last frame is filled up with silence; decoded are whole frames.
+
+    Args:
+        hop: samples of a frame; with that of a codec its codes and these frames stand side by side.
+        audio_channels: C of the waveforms.
+        scale: what `encode` multiplies samples by and `decode` divides them by, 1 / their deviation.
+
+    Raises:
+        ValueError: a setting that is not above 0.
+    """
+
+    modality = "audio"
+    makes_images = False
+
+    def __init__(self, hop: int, *, audio_channels: int = 1, scale: float = 1.0) -> None:
+        super().__init__()
+        if min(hop, audio_channels) < 1 or not 0 < scale < float("inf"):
+            raise ValueError(f"hop, audio_channels and scale must be above 0, got {hop}, {audio_channels} and {scale}")
+        self.hop, self.image_channels, self.scale = hop, audio_channels, scale
+        self.latent_dim = audio_channels * hop
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        if isinstance(image_size, int) or len(image_size) != 1 or image_size[0] < 1:
+            raise ValueError(f"image_size of audio is [samples], one number in a list, got {image_size}")
+        return (self.latent_dim, -(-image_size[0] // self.hop), 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.encode(images)
+        return latents, torch.full_like(latents, LEAST_LOGVAR)
+
+    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
+        """Turn waveforms `(B, C, T)`, float in [-1, 1], into latents `(B, C * hop, frames, 1)`.
+
+        Raises:
+            ValueError: another shape, or samples that are not finite numbers.
+        """
+        if images.ndim != 3 or images.shape[1] != self.image_channels or images.shape[2] < 1:
+            raise ValueError(f"waveforms (B, {self.image_channels}, T) are taken, got {tuple(images.shape)}")
+        self.check_images(images)
+        whole = F.pad(at_least_float32(images), (0, -images.shape[-1] % self.hop))
+        return rearrange(whole, "b c (n hop) -> b (c hop) n 1", hop=self.hop) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents `(B, C * hop, frames, 1)` into waveforms `(B, C, frames * hop)` in [-1, 1]."""
+        self.check_latents(latents)
+        waveforms = rearrange(latents, "b (c hop) n 1 -> b c (n hop)", hop=self.hop)
+        return (at_least_float32(waveforms) / self.scale).clamp(-1, 1)
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The frame, the channels and the scale: all that tells two of them apart."""
+        return {"scale": torch.tensor((self.hop, self.image_channels, self.scale), dtype=torch.float64)}
 
 
 class LatentGrid(ContinuousTokenizer):

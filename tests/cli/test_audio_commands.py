@@ -1,5 +1,6 @@
 """The way of audio on the command line: a codec is trained, tokens are made, a generator speaks, and goes on."""
 
+import json
 import wave
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.sounds import write_tones
+from helpers.sounds import audio_bytes, write_tones
 from helpers.tiny_runs import QUIET
 
 import discrete_lit
@@ -163,3 +164,82 @@ def test_data_that_the_codec_was_not_made_for(
         with pytest.raises(SystemExit):
             main([*given, *more])
         assert message in capsys.readouterr().err
+
+
+def test_clips_are_measured_against_real_ones(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Real clips, each number of books and samples in one table; another sample rate, or too few clips, are refused."""
+    drawn = sample(runs, tmp_path / "drawn", "--num_samples", "8") / "samples.npz"
+    tones = str(runs["tones"])
+    given = ["evaluate_audio", "--data", "AudioClips", "--data.train", tones, "--data.validation", tones]
+    given += ["--data.length", "256", "--data.batch_size", "3", "--data.num_workers", "0", "--accelerator", "cpu"]
+    given += ["--output", str(tmp_path / "report"), "--samples", json.dumps({"drawn": str(drawn)})]
+    extractor = ["--extractor", "MelStatistics", "--extractor.sample_rate", "8000", "--extractor.window", "64"]
+    extractor += ["--extractor.bands", "2", "--reconstructions", json.dumps({"codec": str(runs["codec"])})]
+    main([*given, "--data.sample_rate", "8000", *extractor])
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["real clips", "codec, 1 books", "codec, 2 books", "drawn"]
+    assert {row["metric"] for row in rows} == {"FAD-mel2-64"} and {row["count"] for row in rows} == {8}
+    assert rows[2]["bits_per_second"] == 2 * rows[1]["bits_per_second"]
+    assert abs(rows[0]["value"]) < 1e-6 < min(row["value"] for row in rows[1:])  # the real clips are the reference here
+    with np.load(drawn) as samples:
+        np.savez(drawn, audio=samples["audio"][:4], sample_rate=samples["sample_rate"])
+    for more, message in (
+        (["--data.sample_rate", "8000", "--num_clips", "8"], "has 4 clips, 8 are measured: set num_clips"),
+        (["--data.sample_rate", "16000", "--num_clips", "4"], "has 8000 samples a second, the data have 16000"),
+        (["--data.sample_rate", "16000", "--num_clips", "4", *extractor], "takes 8000 samples a second"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*given, *more])
+        assert message in capsys.readouterr().err
+
+
+def write_bad(folder: Path) -> None:
+    """Eight tones, of which one is silence, one shorter than a window, one cut off, and one holds a NaN."""
+    write_tones(folder)
+    silence, whole = np.zeros((640, 1), dtype=np.float32), (folder / "high" / "1.wav").read_bytes()
+    holes = silence.copy()
+    holes[7] = np.nan
+    (folder / "low" / "0.wav").write_bytes(audio_bytes(silence, 8000))
+    (folder / "low" / "2.wav").write_bytes(audio_bytes(silence[:3], 8000))
+    (folder / "low" / "4.wav").write_bytes(whole[:500])
+    (folder / "low" / "6.wav").write_bytes(audio_bytes(holes, 8000, subtype="FLOAT"))
+
+
+def test_bad_clips_are_counted_or_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silence and a short clip are coded and trained on; a cut file and a NaN end the run, or are replaced and told."""
+    write_bad(tmp_path / "bad")
+    given = ["--data", "AudioClips", "--data.train", str(tmp_path / "bad"), "--data.length", "256"]
+    given += ["--data.sample_rate", "8000", "--data.batch_size", "2", "--data.num_workers", "0"]
+    command = ["tokenize", "--ckpt_path", str(runs["codec"]), "--output", str(tmp_path / "tokens"), *given]
+    with pytest.raises(SystemExit):
+        main([*command, "--accelerator", "cpu"])
+    assert "samples are bad" in capsys.readouterr().err
+    clips = {"train": str(tmp_path / "bad"), "sample_rate": 8000, "length": 256, "batch_size": 4, "num_workers": 0}
+    clips["validation"] = str(runs["tones"])
+    data = {"class_path": "AudioClips", "init_args": {**clips, "max_bad_fraction": 0.3}}
+    codec = discrete_lit.load(fit(tmp_path / "run", CODEC, data))
+    assert all(value.isfinite().all() for value in codec.state_dict().values())
+    assert "it is cut off" in caplog.text and "1 of its samples are not finite numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--model.init_args.books", "3"], "this codec has 2 codebooks (depth), numbers of books are in 1..2"),
+        (["--model.init_args.training_books", "[1, 3]"], "this codec has 2 codebooks (depth)"),
+        (["--data.init_args.length", "16"], "clips of 16 samples are shorter than the shortest window, 32"),
+        (["--data.init_args.sample_rate", "16000"], "the data have 16000 samples a second"),
+        (["--data.init_args.channels", "2"], "this codec takes waveforms (B, 1, T) of T > 0 samples, got (4, 2, 256)"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(
+    runs: dict[str, Path], setting: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe = runs["codec"].parents[1].with_suffix(".yaml")
+        main(["fit", "--config", str(recipe), "--run_dir", str(tmp_path / "run"), *setting])
+    assert message in capsys.readouterr().err

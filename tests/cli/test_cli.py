@@ -66,6 +66,8 @@ OPTIONS = {
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join", "missing"}
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
+    "evaluate_audio": {"config", "data", "output", "num_clips", "samples", "reconstructions", "extractor"}
+    | {"accelerator"},
     "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},

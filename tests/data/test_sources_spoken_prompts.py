@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.sounds import audio_bytes, tone
 
 from discrete_lit.data import AudioClips
+from discrete_lit.data.audio_clips import decode_audio
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.shard_writer import write_shards
-from discrete_lit.data.sources import SpokenPrompts
+from discrete_lit.data.sources import SpokenDigits, SpokenPrompts
 from discrete_lit.data.sources.spoken_prompts import DIGITS, prompt_text
 
 
@@ -71,3 +73,25 @@ def test_folders_without_prompts(tmp_path: Path, package: Path) -> None:
     (package / "digits" / "4.wav").unlink()
     with pytest.raises(ValueError, match="holds 9 of the ten digits"):
         SpokenPrompts(package, "train", part="digits")
+
+
+def test_pairs_of_digits_hold_out_pairs(package: Path) -> None:
+    """Each clip says its two words, one in each half; the pairs of the splits share no pair."""
+    train, test = (SpokenDigits(package, split, count=100) for split in ("train", "test"))
+    said = [{source.captions(index)[0] for index in range(100)} for source in (train, test)]
+    assert len(said[0]) == 80 and len(said[1]) == 20 and not said[0] & said[1]
+    assert train.captions(1) == ("zero one",) and train.entries[1].label == 0
+    first, again = (decode_audio(source.read(1), 8000, channels=1)[0] for source in (train, test))
+    assert len(first) == 14400 and not np.array_equal(first, again)
+    for half in (first[:7200], first[7200:]):
+        # A tone of 0.05 s at a speed within 6%, and silence.
+        assert half[:300].any() and not half[450:].any()
+    assert train.read(1) == train.read(1) != train.read(81)
+
+
+def test_digits_of_another_rate(package: Path) -> None:
+    (package / "digits" / "4.wav").write_bytes(audio_bytes(tone(300, seconds=0.05, sample_rate=16000), 16000))
+    with pytest.raises(ValueError, match=r"digits/4\.wav has 16000 samples a second"):
+        SpokenDigits(package, "train")
+    with pytest.raises(ValueError, match="at least 1 clip"):
+        SpokenDigits(package, "train", count=0)

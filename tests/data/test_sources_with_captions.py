@@ -12,7 +12,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from discrete_lit.core.files import content_sha256
-from discrete_lit.data.sources import DigitCompositions, EmbeddedSet, OpenClipart, TuxpaintStamps, digit_compositions
+from discrete_lit.data.sources import (
+    DigitCompositions,
+    EmbeddedSet,
+    OpenClipart,
+    TuxpaintSpeech,
+    TuxpaintStamps,
+    digit_compositions,
+)
 from discrete_lit.data.sources.digit_compositions import WORDS, held_out
 from discrete_lit.data.sources.openclipart import words_of
 
@@ -182,6 +189,39 @@ def test_stamps_that_are_not_there(stamps: Path, tmp_path: Path) -> None:
         TuxpaintStamps(tmp_path / "none", "train")
     with pytest.raises(ValueError, match=r"languages=\['xx'\]: accepted are some of en, fr, pt_br"):
         TuxpaintStamps(stamps, "train", languages=("xx",))
+
+
+def test_spoken_captions_in_several_languages(stamps: Path) -> None:
+    """The language is the class, a stamp is in one split in all of them, and a recording without a text is left out."""
+    for number in range(40):
+        stem = stamps / ("animals", "food")[number % 2] / "more" / f"stamp.{number}"
+        for ending in ("_desc.ogg", "_desc_fr.ogg", "_desc_pt_br.wav", "_desc_ru.ogg", "_fr.ogg", ".ogg"):
+            stem.with_name(stem.name + ending).write_bytes(f"{number}{ending}".encode())
+    languages = ("fr", "en", "pt_br", "ru")
+    sources = {split: TuxpaintSpeech(stamps, split, languages=languages) for split in ("train", "test")}
+    said = {split: {entry.key.rpartition("_")[0] for entry in source.entries} for split, source in sources.items()}
+    assert sum(map(len, sources.values())) == 120 and said["test"]
+    for split, source in sources.items():
+        assert len(source) == 3 * len(TuxpaintStamps(stamps, split).entries) - 3 * (split == without_a_caption(stamps))
+        assert source.classes == list(languages)
+        for index, entry in enumerate(source.entries):
+            number = source.read(index).split(b"_")[0].decode()
+            expected = {0: f"Tampon {number}.", 1: f"Stamp {number}.", 2: "Selo"}[entry.label or 0]
+            assert source.captions(index) == (expected,) and entry.extension == ("wav" if entry.label == 2 else "ogg")
+    for refused in ((), ("fr", "fr"), ("xx",)):
+        with pytest.raises(ValueError, match="accepted are some of en, fr, pt_br, ru, each once"):
+            TuxpaintSpeech(stamps, "train", languages=refused)
+    with pytest.raises(ValueError, match="holds no spoken captions"):
+        TuxpaintSpeech(stamps / "none", "train")
+
+
+def without_a_caption(stamps: Path) -> str:
+    """The split of the stamp that has no text."""
+    return next(
+        split
+        for split in ("train", "test")
+        if any(entry.key == "food/none" for entry in TuxpaintStamps(stamps, split).entries)
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.random_weights import randomise
+from helpers.sounds import waveforms
 from torch import Tensor, nn
 
 import discrete_lit
@@ -27,8 +28,8 @@ from discrete_lit.evaluation.inputs import Run, _load_autoencoders
 from discrete_lit.generators import TokenDiffusionDecoder
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 from discrete_lit.samplers import GuidedSolver
-from discrete_lit.tokenizers import FSQ, PerturbedTokenizer, RawPixels, TokenGrid
-from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers import FSQ, EnCodec, PerturbedTokenizer, RawFrames, RawPixels, TokenGrid
+from discrete_lit.tokenizers.networks import ConvAutoencoder, SEANet
 
 DEVIATION = 0.3
 NETWORK = {
@@ -450,3 +451,51 @@ def test_evaluation_measures_its_reconstructions(tmp_path: Path) -> None:
     perturbed = [PerturbedTokenizer(each, 0.5, neighbours=3) for each in (both, made.discrete)]
     assert torch.equal(perturbed[0].encode(pictures), perturbed[1].encode(pictures))
     assert not torch.equal(perturbed[0].decode(perturbed[0].encode(pictures)), both.decode(both.encode(pictures)))
+
+
+def test_a_waveform_is_drawn_given_its_codes() -> None:
+    """Frames of samples beside the codes of the same frames: it learns from clips, and decodes by the tokens."""
+    torch.manual_seed(0)
+    codec = EnCodec(
+        partial(SEANet, filters=4, ratios=(4, 2), lstm_layers=0),
+        16,
+        code_dim=4,
+        depth=2,
+        sample_rate=8000,
+        codebook_init="normal",
+    )
+    decoder = TokenDiffusionDecoder(
+        RawFrames(8, scale=5.0),
+        [60],
+        discrete=codec,
+        backbone=partial(DiT, width=16, depth=1, heads=2, patch_size=1),
+        denoiser=GaussianDenoiser(RectifiedPath(), prediction="velocity"),
+        sampler=GuidedSolver(Euler(steps=2)),
+        optimizer=partial(torch.optim.Adam, lr=1e-3),
+    )
+    randomise(decoder.backbone, 0.1)
+    clips = waveforms(3, 1, 60)
+    random = CounterRandom(0, torch.arange(3))
+    batch = {"audio": clips}
+    condition = decoder.condition_of(batch, random)
+    latents = decoder.data_of(batch, random)
+    assert latents.shape == (3, 8, 8, 1) and torch.equal(batch["tokens"], codec.encode(clips))
+    assert torch.allclose(decoder.tokenizer.decode(latents)[..., :60], clips, atol=1e-6)
+    assert torch.allclose(latents[0, :, 2, 0], 5 * clips[0, 0, 16:24])
+    loss, _ = decoder.loss(latents, condition, random)
+    loss.backward()
+    assert decoder.token_embedding.absent.grad is not None
+    tokens = batch["tokens"].clone()
+    made = decoder.decode(tokens)
+    assert made.shape == (3, 1, 64) and torch.equal(made, decoder.decode(tokens))
+    tokens[0, 5, 1] = (tokens[0, 5, 1] + 1) % 16
+    other = decoder.decode(tokens)
+    assert torch.equal(made[1:], other[1:]) and not torch.equal(made[0], other[0])
+    with pytest.raises(ValueError, match=r"image_size of audio is \[samples\]"):
+        RawFrames(8).latent_shape(64)
+    with pytest.raises(ValueError, match=r"waveforms \(B, 1, T\) are taken, got \(3, 2, 60\)"):
+        RawFrames(8).encode(waveforms(3, 2, 60))
+    with pytest.raises(ValueError, match="hop, audio_channels and scale must be above 0"):
+        RawFrames(0)
+    with pytest.raises(ValueError, match='holds image: TokenDiffusionDecoder needs "audio"'):
+        decoder.tokens_of({"image": clips})

@@ -81,3 +81,15 @@ def test_a_spectrogram_is_a_picture() -> None:
     # Half of the highest frequency: the middle row.
     assert abs(int(picture.mean(dim=1).argmax()) - len(picture) // 2) <= 1
     assert spectrogram_image(torch.zeros(1, 10)).isfinite().all()
+
+
+def test_the_distance_of_logarithms_hears_quiet_bands() -> None:
+    """A clip of half the size is log 2 away, loud or quiet; below the floor it counts no more."""
+    plain, logarithms = (MultiScaleSpectralDistance(8000, windows=(64,), log_weight=weight) for weight in (0.0, 1.0))
+    loud = 0.5 * waveforms(2, 1, 1024).sign()
+    for level, expected in ((1.0, 0.69), (0.1, 0.69), (1e-6, 0.0)):
+        clips = level * loud
+        found = logarithms(0.5 * clips, clips) - plain(0.5 * clips, clips)
+        assert torch.allclose(found, torch.tensor(expected), atol=0.02)
+    with pytest.raises(ValueError, match=r"a log_weight of at least 0, got 8000, 64, .* and -1"):
+        MultiScaleSpectralDistance(8000, log_weight=-1)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers.sounds import waveforms
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.samplers import DelaySampler
+from discrete_lit.tokenizers import ChunkedEnCodec
 
 pytestmark = pytest.mark.parity
 
@@ -88,11 +90,40 @@ def test_encodec_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
             assert torch.equal(codec.decode(tokens), found.clamp(-1, 1))
 
 
+@torch.no_grad()
+def test_encodec_in_chunks_is_that_of_transformers(tmp_path: Path) -> None:
+    """The 48 kHz layout: codes and scales of each chunk, and the waveform, of clips padded as their own code does."""
+    settings = SMALL | KINDS["stereo, with group norms"] | {"use_causal_conv": False}
+    settings |= {"normalize": True, "chunk_length_s": 0.1, "overlap": 0.05}
+    theirs = encodec_of(settings)
+    codec = load_pretrained(write(theirs, settings, tmp_path / "codec"), "encodec")
+    assert isinstance(codec, ChunkedEnCodec) and (codec.chunk_length, codec.overlap) == (160, 8)
+    for length, chunks in ((120, 1), (152, 1), (153, 2), (400, 3)):
+        clip = waveforms(2, 2, length, seed=length) * torch.linspace(0.1, 1, length)
+        encoded = theirs.encode(F.pad(clip, (0, chunks * 152 + 8 - length)), bandwidth=2.0)
+        tokens, scales = codec.encode(clip), codec.scales(clip)
+        assert codec.chunks(length) == chunks and codec.token_shape([length]) == tokens.shape[1:] == (20 * chunks, 2)
+        expected = encoded.audio_codes[:chunks].permute(1, 0, 3, 2).flatten(1, 2)
+        assert torch.equal(tokens, expected)
+        assert torch.allclose(scales, torch.cat(encoded.audio_scales[:chunks], dim=1))
+        whole = theirs.decode(
+            encoded.audio_codes, encoded.audio_scales, last_frame_pad_length=encoded.last_frame_pad_length
+        ).audio_values
+        found = codec.decode(tokens, scales)
+        assert (found - whole[..., : found.shape[-1]].clamp(-1, 1))[..., :length].abs().max() < 1e-4
+    assert not torch.allclose(codec.decode(tokens), found)
+    with pytest.raises(ValueError, match="a chunk of this codec has 20 frames, got ids of 19 frames"):
+        codec.decode(tokens[:, :19])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"normalize": True}, "reference_config has normalize=true: models with it .* are not read yet"),
-        ({"chunk_length_s": 1.0}, "reference_config has chunk_length_s"),
+        (
+            {"normalize": True},
+            "normalize=True, chunk_length_s=None and overlap=None: the published models",
+        ),
+        ({"chunk_length_s": 1.0}, "reference_config has normalize=False, chunk_length_s=1.0"),
         ({"num_filters": 8}, "num_filters"),
         ({"upsampling_ratios": [2, 4]}, "upsampling_ratios"),
         ({"pad_mode": "circular"}, "pad_mode"),

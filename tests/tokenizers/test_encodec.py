@@ -11,7 +11,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from discrete_lit.data import AudioClips
-from discrete_lit.tokenizers import EnCodec
+from discrete_lit.tokenizers import ChunkedEnCodec, EnCodec
 from discrete_lit.tokenizers.losses import GradientBalancer, MultiScaleSTFTDiscriminator, SpectrogramAdversarialLoss
 from discrete_lit.tokenizers.networks import SEANet
 
@@ -228,3 +228,53 @@ def test_data_of_another_sample_rate_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match=r"the data have 16000 samples a second .* the codec was made for 8000"):
         trainer.validate(codec_of(), datamodule=data, verbose=False)
+
+
+def test_the_first_steps_pass_latents_on() -> None:
+    """Until `autoencoder_steps` no code is made; then codes begin at the latents of that step."""
+    codec, clip = codec_of(autoencoder_steps=2, codebook_init="data").train(), waveforms(4, 1, 83)
+    made = codec.reconstruct(clip, step=1)
+    assert made.tokens is None and made.losses == {} and made.outputs.shape == clip.shape
+    assert torch.equal(made.outputs, codec.outputs(codec.latents(clip))[..., :83])
+    assert not codec.quantizer.codebook(0).started
+    made = codec.reconstruct(clip, step=2)
+    assert made.tokens is not None and "commitment" in made.losses and codec.quantizer.codebook(0).started
+    assert codec.reconstruct(clip).tokens is not None
+    with pytest.raises(ValueError, match="autoencoder_steps must be at least 0, got -1"):
+        codec_of(autoencoder_steps=-1)
+
+
+def test_squared_errors_of_samples() -> None:
+    clip, outputs = waveforms(2, 1, 256), waveforms(2, 1, 256, seed=1)
+    squared = codec_of(waveform_loss="l2", waveform_weight=3.0, spectral_windows=(32,)).objective
+    assert squared(outputs, clip).terms["waveform"] == pytest.approx(3 * float((outputs - clip).square().mean()))
+    with pytest.raises(ValueError, match="waveform_loss must be 'l1' or 'l2', got 'l3'"):
+        codec_of(waveform_loss="l3")
+
+
+def test_chunks_are_cut_and_joined() -> None:
+    """Any clip comes back whole from its chunks, each of which has a loudness of 1; a codec of chunks learns."""
+    torch.manual_seed(0)
+    given = {"codebook_size": 16, "code_dim": 8, "depth": 2, "sample_rate": 8000, "spectral_windows": (32,)}
+    network = partial(SEANet, **SMALL, causal=False, norm="group", audio_channels=2)
+    codec = ChunkedEnCodec(network, **given, chunk_length=64, overlap=8)
+    for length in (3, 56, 57, 300):
+        clip = waveforms(2, 2, length)
+        parts, scales = codec.cut(clip)
+        assert parts.shape[1] == codec.chunks(length)
+        assert torch.allclose(codec.join(parts * scales[..., None, None])[..., :length], clip, atol=1e-6)
+    assert torch.allclose(parts[:, :-1].mean(dim=2).square().mean(dim=-1), torch.tensor(1.0), atol=1e-4)
+    loss, terms, made = codec.train().loss(clip, step=0)
+    loss.backward()
+    assert made.tokens is not None and made.tokens.shape == (2, *codec.token_shape((300,)))
+    assert codec.network.encoder[0].conv.bias.grad.any() and {"waveform", "commitment"} <= set(terms)
+    louder = ChunkedEnCodec(network, **given, chunk_length=64, overlap=8, loudness=0.2)
+    louder.load_state_dict(codec.state_dict())
+    assert louder.fingerprint() != codec.fingerprint()
+    with pytest.raises(ValueError, match="decodes whole chunks"):
+        codec.streaming_decoder()
+    silence = codec.eval().reconstruct_by(torch.zeros(1, 2, 100), 2)
+    assert silence.shape == (1, 2, 100) and silence.abs().max() < 1e-4
+    for settings in ({"chunk_length": 60}, {"chunk_length": 64, "overlap": 64}, {"chunk_length": 64, "loudness": 0}):
+        with pytest.raises(ValueError, match="a chunk must be a multiple of the network's hop, 8 samples"):
+            ChunkedEnCodec(network, **given, **{"overlap": 8, **settings})

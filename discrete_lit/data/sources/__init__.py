@@ -12,8 +12,9 @@ from discrete_lit.data.sources.moving_digits import MovingDigits
 from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
+from discrete_lit.data.sources.spoken_digits import SpokenDigits
 from discrete_lit.data.sources.spoken_prompts import SpokenPrompts
-from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
+from discrete_lit.data.sources.tuxpaint import TuxpaintSpeech, TuxpaintStamps
 
 __all__ = [
     "ClassFolders",
@@ -28,7 +29,9 @@ __all__ = [
     "PartOfSource",
     "Sample",
     "Source",
+    "SpokenDigits",
     "SpokenPrompts",
+    "TuxpaintSpeech",
     "TuxpaintStamps",
     "VideoFolders",
 ]

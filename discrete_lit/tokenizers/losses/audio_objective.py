@@ -10,6 +10,7 @@ with g_i the gradient of loss i at the outputs, w_i its weight, and <.> a runnin
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from discrete_lit.metrics.spectral import SCALES, MultiScaleSpectralDistance
 from discrete_lit.tokenizers.losses.adversarial import take_gradients, with_known_gradients
 from discrete_lit.tokenizers.losses.objective import ObjectiveTerms
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
+
+WaveformLoss = Literal["l1", "l2"]
 
 
 class GradientBalancer(nn.Module, OfWholeBatch):
@@ -81,9 +84,10 @@ class AudioObjective(FullPrecision):
 
     Args:
         sample_rate: in hertz.
-        waveform_weight: of the mean absolute error of samples; 0.1 in EnCodec's code.
+        waveform_weight: of the error of samples; 0.1 in EnCodec's code.
         spectral_weight: of the `MultiScaleSpectralDistance`; 2 in EnCodec's code.
-        windows: of that distance.
+        windows, log_weight: of that distance.
+        waveform_loss: mean absolute (`"l1"`) or mean squared (`"l2"`) error of samples.
         adversarial_loss: with a discriminator, in training only.
         balancer: of the gradients, in training; None adds them up by their weights.
 
@@ -98,17 +102,22 @@ class AudioObjective(FullPrecision):
         waveform_weight: float = 0.1,
         spectral_weight: float = 2.0,
         windows: Sequence[int] = SCALES,
+        log_weight: float = 0.0,
+        waveform_loss: WaveformLoss = "l1",
         adversarial_loss: SpectrogramAdversarialLoss | None = None,
         balancer: GradientBalancer | None = None,
     ) -> None:
         super().__init__()
+        if waveform_loss not in get_args(WaveformLoss):
+            raise ValueError(f"waveform_loss must be 'l1' or 'l2', got {waveform_loss!r}")
         if min(waveform_weight, spectral_weight) < 0 or not waveform_weight + spectral_weight > 0:
             raise ValueError(
                 "waveform_weight and spectral_weight must be >= 0, and one of them above 0, got "
                 f"{waveform_weight} and {spectral_weight}"
             )
         self.weights = {"waveform": waveform_weight, "spectral": spectral_weight}
-        self.spectral = MultiScaleSpectralDistance(sample_rate, windows=windows)
+        self.waveform_loss: WaveformLoss = waveform_loss
+        self.spectral = MultiScaleSpectralDistance(sample_rate, windows=windows, log_weight=log_weight)
         self.adversarial = adversarial_loss
         self.balancer = balancer
         if balancer is not None:
@@ -169,5 +178,6 @@ class AudioObjective(FullPrecision):
         return ObjectiveTerms(loss=loss, terms=terms, figures=figures)
 
     def _compared(self, outputs: Tensor, images: Tensor) -> dict[str, Tensor]:
-        values = {"waveform": F.l1_loss(outputs, images), "spectral": self.spectral(outputs, images).mean()}
+        error = F.l1_loss if self.waveform_loss == "l1" else F.mse_loss
+        values = {"waveform": error(outputs, images), "spectral": self.spectral(outputs, images).mean()}
         return {name: value for name, value in values.items() if self.weights[name] > 0}
