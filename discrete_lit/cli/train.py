@@ -89,6 +89,7 @@ _PACKAGES = (
     "optimization",
     "samplers",
     "tokenizers",
+    "tokenizers.losses.clip_discriminator",
     "tokenizers.losses.discriminators",
 )
 

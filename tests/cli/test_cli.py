@@ -66,6 +66,8 @@ OPTIONS = {
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join", "missing"}
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
+    "evaluate_clips": {"config", "data", "output", "num_clips", "num_reference", "samples", "reconstructions"}
+    | {"continuations", "extractor", "i3d_weights", "classifier", "lpips_weights", "accelerator"},
     "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
@@ -180,6 +182,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "evaluate_clips": ({"num_clips": 2}, "num_clips", 7),
     "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
