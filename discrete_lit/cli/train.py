@@ -80,6 +80,7 @@ _PACKAGES = (
     "data.image_folder",
     "data.image_shards",
     "data.latent_arrays",
+    "data.paired_token_arrays",
     "data.token_arrays",
     "data.video_clips",
     "diffusion.losses",

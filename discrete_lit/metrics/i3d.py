@@ -71,10 +71,15 @@ class I3D:
         self.metric_name = "FVD" if published else f"FD-{self.name}"
         with torch.device("meta"):
             network = I3DNetwork()
-        kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-        expected = {name: value.shape for name, value in network.state_dict().items()}
+        # What counts the batches of a training stands in some files and not in others.
+        kept, expected = (
+            {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+            for state in (weights, network.state_dict())
+        )
         wrong = sorted(
-            name for name in kept.keys() | expected.keys() if name not in kept or kept[name].shape != expected.get(name)
+            name
+            for name in kept.keys() | expected.keys()
+            if name not in kept or name not in expected or kept[name].shape != expected[name].shape
         )
         if wrong:
             raise ValueError(
@@ -135,8 +140,6 @@ class _Unit(nn.Module):
         super().__init__()
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, bias=False)
         self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
-        # Counts batches in training, and is in no published file of this layout that was trained elsewhere.
-        self.bn.num_batches_tracked = None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv3d(_padded(x, self.conv3d.kernel_size, self.conv3d.stride))))

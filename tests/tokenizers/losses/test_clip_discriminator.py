@@ -1,5 +1,6 @@
 """The discriminator of whole clips: its layout, what it can tell and another cannot, and the loss around it."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_published_size() -> None:
     widths = [64, 128, 256, 256, 256, 256]
     blocks = sum(
         27 * before * before + before + 27 * before * after + after + before * after
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in pairwise(widths)
     )
     expected = 27 * 3 * 64 + 64 + blocks + 27 * 256 * 256 + 256 + (256 * 1 * 4 * 4) * 256 + 256 + 256 + 1
     assert sum(parameter.numel() for parameter in made.parameters()) == expected
