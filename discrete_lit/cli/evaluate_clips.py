@@ -82,7 +82,7 @@ def evaluate_clips(
     of_reference = _count("num_reference", num_reference, data.evaluation_source("train", 0, 1).samples)
     device = make_fabric(accelerator).device
     of_files = {**(samples or {}), **(continuations or {})}
-    drawn = {name: ClipFile(path, name, data, count) for name, path in of_files.items()}
+    drawn = {name: ClipFile(path, name, data=data, count=count) for name, path in of_files.items()}
     asked = [name for each in (samples, reconstructions, continuations) for name in each or {}]
     if len(set(asked)) < len(asked):
         raise ValueError("two rows of the table have the same name")
@@ -111,11 +111,11 @@ def evaluate_clips(
         lpips=lpips,
         device=device,
     )
-    meters = [ClipMeter(instruments, "real clips", "real")]
+    meters = [ClipMeter(instruments, "real clips", kind="real")]
     for name, tokenizer in tokenizers.items():
-        meters.append(ClipMeter(instruments, name, "reconstructions", vocab_size=tokenizer.vocab_size))
+        meters.append(ClipMeter(instruments, name, kind="reconstructions", vocab_size=tokenizer.vocab_size))
     continued = {name: drawn[name].batches(data.batch_size) for name in continuations or {}}
-    meters += [ClipMeter(instruments, name, "continuations") for name in continued]
+    meters += [ClipMeter(instruments, name, kind="continuations") for name in continued]
     for clips, labels in _real(data, "validation", count):
         meters[0].update(clips, labels)
         for meter in meters[1:]:
@@ -129,7 +129,7 @@ def evaluate_clips(
                 made = to_uint8(tokenizer.decode(tokens))
             meter.update(made, labels, originals=clips, tokens=tokens)
     for name in samples or {}:
-        meters.append(ClipMeter(instruments, name, "samples"))
+        meters.append(ClipMeter(instruments, name, kind="samples"))
         for made, shown in drawn[name].batches(data.batch_size):
             meters[-1].update(made, shown)
 
@@ -186,7 +186,7 @@ class ClipFile:
         ValueError: no such file, or of fewer clips, or of another size.
     """
 
-    def __init__(self, path: str, name: str, data: VideoClips, count: int) -> None:
+    def __init__(self, path: str, name: str, *, data: VideoClips, count: int) -> None:
         self.path, self.count = Path(path).expanduser(), count
         if not self.path.is_file():
             raise ValueError(f"{name}: {path!r} does not exist; `discrete-lit sample` writes samples.npz")

@@ -86,7 +86,7 @@ class ClipMeter:
     """
 
     def __init__(
-        self, instruments: ClipInstruments, name: str, kind: ClipKind, *, vocab_size: int | None = None
+        self, instruments: ClipInstruments, name: str, *, kind: ClipKind, vocab_size: int | None = None
     ) -> None:
         self.instruments, self.name, self.kind = instruments, name, kind
         self.moments = [FeatureMoments(extractor) for extractor in instruments.extractors]

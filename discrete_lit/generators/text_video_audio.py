@@ -205,9 +205,9 @@ class TextVideoAudio(ClassConditionalTraining):
         self,
         tokenizer: Tokenizer,
         audio_tokenizer: Tokenizer,
+        *,
         image_size: tuple[int, int, int],
         audio_length: int,
-        *,
         text_tokenizer: TextTokenizer,
         text_length: int = 64,
         backbone: Callable[[SegmentLayout], SegmentTransformer],
@@ -396,8 +396,9 @@ class TextVideoAudio(ClassConditionalTraining):
             )
             hidden = self.backbone(sequence)
             for name, each in id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over).items():
-                if name in ("text", "given_video"):
-                    continue  # elements of the prefix see those that come behind them
+                # Elements of the prefix see those behind them; segments of the other kind have no ids here.
+                if name in ("text", "given_video") or not len(each.values):
+                    continue
                 found.setdefault("video" if name == "video" else "audio", []).append(each)
         return {name: SegmentLosses(*map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}  # type: ignore[arg-type]
 

@@ -225,7 +225,7 @@ def test_it_learns_what_texts_say_from_paired_arrays(tmp_path: Path) -> None:
     for text, clip, sound in zip(batch["caption"], batch["tokens"], batch["audio_tokens"], strict=True):
         assert clip.shape == VIDEO and sound.shape == AUDIO
         assert set(clip.flatten().tolist()) == set(sound.flatten().tolist()) == {WORDS.index(text)}
-    model = generator(voice_share=0.3, optimizer=partial(torch.optim.Adam, lr=0.02)).float()
+    model = generator(voice_share=0.3, optimizer=partial(torch.optim.Adam, lr=0.02)).float().train()
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=40, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
     trainer.fit(model, data)
