@@ -69,7 +69,7 @@ def evaluate_clips(
 
     Raises:
         ValueError: no row, a split that is missing, a set that is too small or of another size, a checkpoint of another
-            kind, or clips that are too short for I3D.
+            kind, or clips that are too short for I3D or too small for LPIPS.
     """
     if not (samples or reconstructions or continuations):
         raise ValueError("there is nothing to measure: give samples, reconstructions or continuations")
@@ -96,6 +96,7 @@ def evaluate_clips(
     if lpips_weights is not None:
         lpips = LPIPS(lpips_weights)
         lpips.prepare()
+        lpips.check_size(data.image_size[1:])
         lpips = lpips.to(device)
 
     moments = [FeatureMoments(each) for each in extractors]

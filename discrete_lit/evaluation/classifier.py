@@ -85,7 +85,7 @@ class ImageClassifier(LightningModule):
     def feature_dim(self) -> int:
         """Width of what the last layer reads."""
         made: Any = self.network
-        return (made[-1] if isinstance(made, nn.Sequential) else made.get_classifier()).in_features
+        return int((made[-1] if isinstance(made, nn.Sequential) else made.get_classifier()).in_features)
 
     def _checked(self, images: Tensor) -> Tensor:
         check_channels(images, self.image_channels, "this ImageClassifier")

@@ -7,7 +7,7 @@ frame. *Samples* have nothing to be compared with, but for the distances and the
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class ClipRow:
         return {**asdict(self), "fidelity": fidelity}
 
 
-class ClipFeatureSource(FeatureSource):
+class ClipFeatureSource(FeatureSource, Protocol):
     """Gives features of clips, and says what they are: `ClipFeatures` or `I3D`."""
 
     def __call__(self, clips: Tensor) -> Tensor:
@@ -88,7 +88,8 @@ class ClipMeter:
     def __init__(
         self, instruments: ClipInstruments, name: str, *, kind: ClipKind, vocab_size: int | None = None
     ) -> None:
-        self.instruments, self.name, self.kind = instruments, name, kind
+        self.instruments, self.name = instruments, name
+        self.kind: ClipKind = kind
         self.moments = [FeatureMoments(extractor) for extractor in instruments.extractors]
         self.fidelity = None
         if kind in ("reconstructions", "continuations"):

@@ -235,7 +235,8 @@ class TextVideoAudio(ClassConditionalTraining):
             )
         self.audio_shape = audio_shape
         self.text, self.text_length = text_tokenizer, text_length
-        self.voice_share, self.softmax_over = voice_share, softmax_over
+        self.voice_share = voice_share
+        self.softmax_over: SoftmaxOver = softmax_over
         self.layout = text_video_audio_layout(
             words=text_tokenizer.vocab_size,
             text_length=text_length,
@@ -351,7 +352,7 @@ class TextVideoAudio(ClassConditionalTraining):
 
     # The loss.
 
-    def loss(
+    def loss(  # type: ignore[override]
         self,
         data: VideoAndAudio,
         condition: Tensor,
@@ -402,12 +403,13 @@ class TextVideoAudio(ClassConditionalTraining):
                 found.setdefault("video" if name == "video" else "audio", []).append(each)
         return {name: SegmentLosses(*map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}  # type: ignore[arg-type]
 
-    def validation_losses(
+    def validation_losses(  # type: ignore[override]
         self, data: VideoAndAudio, condition: Tensor, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         nobody = torch.zeros(len(data), dtype=torch.bool, device=condition.device)
         losses = self.output_losses(data, condition, voiced=nobody)
-        values, weights = (torch.cat([each[part] for each in losses.values()]) for part in (0, 1))
+        values = torch.cat([each.values for each in losses.values()])
+        weights = torch.cat([each.weights for each in losses.values()])
         return values, weights, torch.zeros_like(values)
 
     @torch.no_grad()

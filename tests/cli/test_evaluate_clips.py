@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from discrete_lit.evaluation.clip_measures import classes_of
 from discrete_lit.metrics.frechet import FeatureMoments, frechet_distance
 from discrete_lit.metrics.video import ClipFeatures, VideoFidelity
 
-SIZE = (5, 8, 8)
+SIZE = (5, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,13 @@ def evaluate(made: dict[str, Path], output: Path, **changes: Any) -> dict[str, A
     return json.loads((output / "report.json").read_text())
 
 
-def real(made: dict[str, Path], split: str) -> tuple[Tensor, Tensor]:
+def real(made: dict[str, Path], split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
     batches = list(VideoClips(**data_settings(made)).evaluation_loader(split, 0, 1))
     return to_uint8(torch.cat([each["video"] for each in batches])), torch.cat([each["label"] for each in batches])
 
 
 def test_every_figure_is_that_of_its_definition(made: dict[str, Path], tmp_path: Path) -> None:
-    report = evaluate(made, tmp_path)
+    report = evaluate(made, tmp_path, lpips_weights="random")
     rows = {row["name"]: row for row in report["rows"]}
     assert [row["kind"] for row in report["rows"]] == ["real", "reconstructions", "continuations", "samples"]
     assert all(row["count"] == 6 for row in rows.values()) and report["reference_count"] == 8
@@ -131,11 +131,17 @@ def test_every_figure_is_that_of_its_definition(made: dict[str, Path], tmp_path:
         expected = fidelity.compute()
         found = rows[name]["fidelity"]
         assert found["psnr_by_frame"] == pytest.approx(expected.psnr_by_frame)
+        assert len(found["lpips_by_frame"]) == 5 and np.mean(found["lpips_by_frame"]) == pytest.approx(found["lpips"])
+        assert found["lpips"] > 0
         assert found["temporal_difference"] == pytest.approx(expected.temporal_difference)
     assert rows["reconstructed"]["usage"] == pytest.approx(len(ids.unique()) / 12)
     assert rows["drawn"]["fidelity"] is None and rows["continued"]["usage"] is None
     table = (tmp_path / "report.md").read_text()
-    assert "PSNR of frame" in table and f"{rows['reconstructed']['fidelity']['psnr']:.2f}" in table
+    assert (
+        "PSNR of frame" in table
+        and "LPIPS of frame" in table
+        and f"{rows['reconstructed']['fidelity']['psnr']:.2f}" in table
+    )
 
 
 def test_the_class_of_a_clip_is_that_of_all_its_frames(made: dict[str, Path]) -> None:
@@ -186,4 +192,4 @@ def test_clips_of_another_size_are_refused(
     np.savez(tmp_path / "other.npz", arr_0=np.zeros((6, 5, 8, 9, 1), np.uint8))
     with pytest.raises(SystemExit):
         evaluate(made, tmp_path, samples={"drawn": str(tmp_path / "other.npz")})
-    assert "must hold uint8 clips arr_0 (N, 5, 8, 8, 1), got uint8 (6, 5, 8, 9, 1)" in capfd.readouterr().err
+    assert "must hold uint8 clips arr_0 (N, 5, 16, 16, 1), got uint8 (6, 5, 8, 9, 1)" in capfd.readouterr().err

@@ -1,7 +1,7 @@
 """Tokenizers of clips: the tokenizers of images around a network of three axes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-def tokenizer(kind: str, causal: bool | str = True, **training: Any) -> Any:
+def tokenizer(kind: str, causal: bool | Literal["convolutions"] = True, **training: Any) -> Any:
     """Clips of one channel, 5 x 8 x 8, to 3 x 2 x 2 ids, with norms of one channel each."""
 
     def network(code_dim: int, latent_dim: int) -> Autoencoder:

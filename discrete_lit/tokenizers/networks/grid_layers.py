@@ -202,7 +202,7 @@ class CausalConvolution(nn.Conv3d):
         bias: bool = True,
         start: ClipStart = "repeat",
     ) -> None:
-        size = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        size = (kernel, kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (0, (size[1] - 1) // 2, (size[2] - 1) // 2)
         super().__init__(in_channels, out_channels, size, stride=stride, padding=padding, bias=bias)
         self.start: ClipStart = start
