@@ -16,7 +16,7 @@ turned so that the whole of it is predicted at one book before the next, finer o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -257,6 +257,12 @@ class TextVideoAudio(ClassConditionalTraining):
     def reads_text(self) -> bool:
         """Captions stand in the sequence itself."""
         return True
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as in PyTorch, but keep both tokenizers in eval mode."""
+        super().train(mode)
+        self.audio_tokenizer.eval()
+        return self
 
     # Batches.
 

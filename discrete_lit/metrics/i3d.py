@@ -116,7 +116,7 @@ class I3DNetwork(nn.Module):
         self.Conv3d_2c_3x3 = _Unit(64, 192, 3)
         width = 192
         for name, channels in _BLOCKS.items():
-            self.add_module(name, _Block(width, channels))
+            self.add_module(name, _InceptionBlock(width, channels))
             width = channels[0] + channels[2] + channels[4] + channels[5]
         self.logits = _Logits(width, CLASSES)
 
@@ -145,7 +145,7 @@ class _Unit(nn.Module):
         return F.relu(self.bn(self.conv3d(_padded(x, self.conv3d.kernel_size, self.conv3d.stride))))
 
 
-class _Block(nn.Module):
+class _InceptionBlock(nn.Module):
     """Four branches side by side (GoogLeNet's Inception module)."""
 
     def __init__(self, in_channels: int, channels: Sequence[int]) -> None:

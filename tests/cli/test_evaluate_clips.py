@@ -167,7 +167,7 @@ def test_the_class_of_a_clip_is_that_of_all_its_frames(made: dict[str, Path]) ->
         ({"num_clips": 7}, "has 6 clips, 7 are measured"),
         ({"samples": {"reconstructed": "SAMPLES"}}, "two rows of the table have the same name"),
         ({"samples": {"drawn": "nowhere.npz"}}, "does not exist"),
-        ({"reconstructions": {"made": "CLASSIFIER"}}, "ImageClassifier that is no tokenizer of clips"),
+        ({"reconstructions": {"made": "CLASSIFIER"}}, "ImageClassifier, not a Tokenizer"),
         ({"classifier": "TOKENIZER"}, "holds no usable ImageClassifier"),
         ({"i3d_weights": "i3d.pt"}, "at least 9 frames, these have 5"),
     ],

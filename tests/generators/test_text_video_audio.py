@@ -217,6 +217,8 @@ def write_tokens(folder: Path, shape: tuple[int, ...], count: int = 8, captions:
     return str(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training", "ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_it_learns_what_texts_say_from_paired_arrays(tmp_path: Path) -> None:
     """Dark and bright clips with sounds alike: from folders of both, through the Trainer."""
     video, audio = write_tokens(tmp_path / "video", VIDEO, captions=True), write_tokens(tmp_path / "audio", AUDIO)

@@ -70,7 +70,7 @@ class ClipStyleGANDiscriminator(Discriminator):
         widths = [width, *(width * multiplier for multiplier in multipliers)]
         left = prod(ceil(side / 2 ** len(multipliers)) for side in self.image_size)
         self.stem = nn.Conv3d(image_channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(_Block(*pair, pooling=pooling) for pair in pairwise(widths)))
+        self.blocks = nn.Sequential(*(_ClipBlock(*pair, pooling=pooling) for pair in pairwise(widths)))
         self.last = nn.Conv3d(widths[-1], widths[-1], 3, padding=1)
         self.hidden = nn.Linear(widths[-1] * left, widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
@@ -98,20 +98,20 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class _Block(nn.Module):
+class _ClipBlock(nn.Module):
     def __init__(self, in_width: int, out_width: int, *, pooling: Pooling) -> None:
         super().__init__()
         self.first = nn.Conv3d(in_width, in_width, 3, padding=1)
         self.second = nn.Conv3d(in_width, out_width, 3, padding=1)
         self.shortcut = nn.Conv3d(in_width, out_width, 1, bias=False)
-        self.halve = _BlurPool() if pooling == "blur" else _AveragePool()
+        self.halve = _ClipBlurPool() if pooling == "blur" else _ClipAveragePool()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in, t, h, w) -> (B, out, t/2, h/2, w/2), rounded up
         hidden = _activate(self.second(self.halve(_activate(self.first(x)))))
         return (self.shortcut(self.halve(x)) + hidden) / sqrt(2)
 
 
-class _BlurPool(nn.Module):
+class _ClipBlurPool(nn.Module):
     """Halve a clip behind a binomial filter of 4 x 4 x 4, zeros around it."""
 
     kernel: Tensor
@@ -128,7 +128,7 @@ class _BlurPool(nn.Module):
         return F.conv3d(F.pad(x, padding), kernel, stride=2, groups=width)
 
 
-class _AveragePool(nn.Module):
+class _ClipAveragePool(nn.Module):
     """Halve a clip by the mean of each two neighbours along each axis, of those that there are."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, c, t, h, w) -> (B, c, t/2, h/2, w/2)

@@ -12,7 +12,7 @@ from discrete_lit.core.images import frames_of
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
 from discrete_lit.tokenizers.losses.adversarial import discriminator_loss
 from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
-from discrete_lit.tokenizers.losses.clip_discriminator import ClipStyleGANDiscriminator, _AveragePool, _BlurPool
+from discrete_lit.tokenizers.losses.clip_discriminator import ClipStyleGANDiscriminator, _ClipAveragePool, _ClipBlurPool
 
 SIZE = (5, 8, 8)
 
@@ -37,17 +37,19 @@ def test_the_published_size() -> None:
 
 def test_halves_round_up_and_average_what_is_there() -> None:
     clip = torch.rand(1, 1, 3, 4, 5)
-    found = _AveragePool()(clip)
+    found = _ClipAveragePool()(clip)
     assert found.shape == (1, 1, 2, 2, 3)
     torch.testing.assert_close(found[0, 0, 0, 0, 0], clip[0, 0, :2, :2, :2].mean())
     torch.testing.assert_close(found[0, 0, 1, 1, 2], clip[0, 0, 2, 2:, 4].mean())
-    assert _BlurPool()(clip).shape == (1, 1, 2, 2, 3)
+    assert _ClipBlurPool()(clip).shape == (1, 1, 2, 2, 3)
     # In the middle of a constant the binomial filter sees it whole; behind three axes its corners weigh 1/8^3.
-    still = _BlurPool()(torch.ones(1, 1, 8, 8, 8))
+    still = _ClipBlurPool()(torch.ones(1, 1, 8, 8, 8))
     torch.testing.assert_close(still[0, 0, 1, 1, 1], torch.tensor(1.0))
     corner = torch.zeros(1, 1, 8, 8, 8)
     corner[..., 1, 1, 1] = 512.0
-    assert float(_BlurPool()(corner)[0, 0, 1, 1, 1]) == 1.0 and float(_BlurPool()(corner)[0, 0, 0, 0, 0]) == 27.0
+    assert (
+        float(_ClipBlurPool()(corner)[0, 0, 1, 1, 1]) == 1.0 and float(_ClipBlurPool()(corner)[0, 0, 0, 0, 0]) == 27.0
+    )
 
 
 def test_it_tells_the_order_of_frames() -> None:
