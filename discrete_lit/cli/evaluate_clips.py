@@ -13,7 +13,7 @@ from torch import Tensor
 from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.files import Npz, atomic_write_text, file_sha256
-from discrete_lit.core.images import to_uint8
+from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.loaders import EvaluationLoader
 from discrete_lit.data.video_clips import VideoClips
@@ -126,7 +126,7 @@ def evaluate_clips(
                 continue
             tokenizer = tokenizers[meter.name].to(device)
             with torch.no_grad():
-                tokens = tokenizer.encode(clips.to(device).float() / 127.5 - 1)
+                tokens = tokenizer.encode(from_uint8(clips.to(device)))
                 made = to_uint8(tokenizer.decode(tokens))
             meter.update(made, labels, originals=clips, tokens=tokens)
     for name in samples or {}:
