@@ -149,12 +149,15 @@ def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
 
 
-def write_tokenizer(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
+def write_tokenizer(
+    folder: Path, kind: str, settings: dict[str, Any], of_network: dict[str, Any] | None = None
+) -> Path:
     from discrete_lit.checkpoints import instantiate, save
 
+    small = {"channels": 4, "multipliers": [1, 1], "blocks": 1, "attention": False, "norm_groups": 2}
     network = {
         "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
-        "init_args": {"channels": 4, "multipliers": [1, 1], "blocks": 1, "attention": False, "norm_groups": 2},
+        "init_args": {**small, **(of_network or {})},
     }
     config = {"class_path": f"discrete_lit.tokenizers.{kind}", "init_args": {**settings, "network": network}}
     save(instantiate(config), folder / "tokenizer.ckpt")
@@ -185,6 +188,21 @@ def codec_tokens(codec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """As many of the codec, with captions: eight frames of two books."""
     captions = [[f"a {number % 2}"] for number in range(12)]
     return write_tokens(tmp_path_factory.mktemp("codec_tokens"), codec_file, (8, 2), captions, image_size=(64,))
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of clips: 5x8x8 to 3x4x4 tokens of 16 ids."""
+    network = {"dims": 3, "causal": True}
+    return write_tokenizer(tmp_path_factory.mktemp("clip_tokenizer"), "FSQ", {"levels": [4, 4]}, network)
+
+
+@pytest.fixture(scope="module")
+def clip_tokens(clip_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of its tokens with captions."""
+    captions = [[f"a {number % 2}"] for number in range(12)]
+    folder = tmp_path_factory.mktemp("clip_tokens")
+    return write_tokens(folder, clip_file, (3, 4, 4), captions, image_size=(5, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +384,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "AdversarialLoss": {"start_step": 0},
     "BlurPoolDiscriminator": {"width": 4},
     "PatchGAN": {"width": 4},
+    "ClipStyleGANDiscriminator": {"image_size": [5, 32, 32], "width": 4, "multipliers": [2, 2]},
     "StyleGANDiscriminator": {"image_size": 32, "width": 4, "max_width": 8},
     "DINODiscriminator": {
         "model_name": "test_vit.r160_in1k",
@@ -377,6 +396,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "TextTransformer": {**SMALL_TRANSFORMER, "width": 4},
     "SegmentTransformer": SMALL_TRANSFORMER,
     "Unified": {"image_size": 8},
+    "TextVideoAudio": {"image_size": [5, 8, 8], "audio_length": 64, "text_length": 8},
     "Masked": {"image_size": 8, "num_classes": 2},
     "SuperResolution": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
@@ -531,6 +551,8 @@ def test_models_fit_reload_and_sample(
     discrete_file: Path,
     codec_file: Path,
     codec_tokens: Path,
+    clip_file: Path,
+    clip_tokens: Path,
     sounds: Path,
     tmp_path: Path,
 ) -> None:
@@ -559,7 +581,7 @@ def test_models_fit_reload_and_sample(
     own_file = codec_file if of_audio else own_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     encodes_text = "text_encoder" in settings["model"]["init_args"]
-    reads_text = encodes_text or kind == "Unified"
+    reads_text = encodes_text or kind in ("Unified", "TextVideoAudio")
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
     own_tokens = codec_tokens if of_audio else own_tokens
@@ -568,6 +590,7 @@ def test_models_fit_reload_and_sample(
         "ImageFolder": images,
         "VideoClips": clips,
         "TokenArrays": own_tokens,
+        "PairedTokenArrays": clip_tokens,
         "LatentArrays": latents,
         "AudioClips": sounds,
     }
@@ -582,6 +605,11 @@ def test_models_fit_reload_and_sample(
         "generator_from_checkpoint": discrete_file,
     }
     shrink_model(settings["model"], files)
+    if kind == "TextVideoAudio":
+        for name, file in (("tokenizer", clip_file), ("audio_tokenizer", codec_file)):
+            settings["model"]["init_args"][name]["init_args"]["checkpoint"] = str(file)
+        settings["data"]["init_args"].update(audio_train=str(codec_tokens), audio_validation=str(codec_tokens))
+        settings["model"]["init_args"]["sampler"]["init_args"]["settings"]["video"]["top_k"] = 8
     if encodes_text:
         settings["model"]["init_args"]["num_classes"] = 1
     if of_audio:
@@ -617,6 +645,9 @@ def test_models_fit_reload_and_sample(
         with np.load(output / "samples.npz") as samples:
             if of_audio:
                 assert samples["audio"].shape == (3, 64, 1) and (output / "clips" / "000002.wav").is_file()
+                return
+            if kind == "TextVideoAudio":
+                assert samples["arr_0"].shape == (3, 5, 8, 8, 3)
                 return
             assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
         return

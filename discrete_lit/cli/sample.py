@@ -32,7 +32,15 @@ from discrete_lit.core.images import ImageSize, displayable, height_and_width, n
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.evaluation.prompts import GENEVAL_FOLDER, Prompts, chosen_prompts, write_geneval
-from discrete_lit.generators import CaptionIds, Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder, Unified
+from discrete_lit.generators import (
+    CaptionIds,
+    Generator,
+    GraphedDraw,
+    LatentGenerator,
+    TextVideoAudio,
+    TokenDiffusionDecoder,
+    Unified,
+)
 from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
 from discrete_lit.generators.unified import UnifiedOutput
@@ -173,7 +181,7 @@ def sample(
     own_part, parts = find_part(part, output, "sample"), PartsFolder(output, "sample")
     ckpt_path = chosen_checkpoint(ckpt_path, model, accept_licence=accept_licence)
     generator = load(ckpt_path)
-    if not isinstance(generator, Generator | LatentGenerator | Unified):
+    if not isinstance(generator, Generator | LatentGenerator | Unified | TextVideoAudio):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if isinstance(generator, TokenDiffusionDecoder):
         raise ValueError(
@@ -198,6 +206,8 @@ def sample(
         image_size = normal_size(image_size)
     if (known is None) != (known_positions is None):
         raise ValueError("known, a folder of tokens, and known_positions, those that are kept, are given together")
+    if known is not None and isinstance(generator, TextVideoAudio):
+        raise ValueError("known tokens are for generators of ids alone; `TextVideoAudio.sample` takes first_frames")
     if known is not None and (prompt or prompt_file or graph is True):
         raise ValueError("known tokens are for samples without prompts, and are drawn without a graph")
     if image_size is not None and (makes_clips or not makes_images):
@@ -381,7 +391,7 @@ def _check_room(output: str, num_samples: int) -> None:
 
 
 def _thoughts(
-    generator: Generator | LatentGenerator | Unified, given: list[str] | None, prompts: Prompts | None
+    generator: Generator | LatentGenerator | Unified | TextVideoAudio, given: list[str] | None, prompts: Prompts | None
 ) -> list[str] | None:
     """The thought of each prompt, where thoughts are given.
 
@@ -404,7 +414,7 @@ def _thoughts(
 
 
 def _condition(
-    generator: Generator | LatentGenerator | Unified,
+    generator: Generator | LatentGenerator | Unified | TextVideoAudio,
     labels: torch.Tensor,
     texts: list[str],
     *,
@@ -444,7 +454,10 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _load_decoder(
-    path: str, generator: Generator | LatentGenerator | Unified, sampler: GuidedSolver | None, steps: int | None
+    path: str,
+    generator: Generator | LatentGenerator | Unified | TextVideoAudio,
+    sampler: GuidedSolver | None,
+    steps: int | None,
 ) -> TokenDiffusionDecoder:
     """The decoder of a checkpoint, checked against the generator, with the sampler that was asked for.
 

@@ -79,6 +79,7 @@ _PACKAGES = (
     "data.image_folder",
     "data.image_shards",
     "data.latent_arrays",
+    "data.paired_token_arrays",
     "data.token_arrays",
     "data.video_clips",
     "diffusion.losses",
@@ -88,6 +89,7 @@ _PACKAGES = (
     "optimization",
     "samplers",
     "tokenizers",
+    "tokenizers.losses.clip_discriminator",
     "tokenizers.losses.discriminators",
 )
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from discrete_lit.data.image_folder import ImageFolder
     from discrete_lit.data.image_shards import ImageShards
     from discrete_lit.data.latent_arrays import LatentArrays, LatentWriter
+    from discrete_lit.data.paired_token_arrays import PairedTokenArrays
     from discrete_lit.data.token_arrays import TokenArrays, TokenWriter
     from discrete_lit.data.video_clips import VideoClips
 
@@ -21,6 +22,7 @@ __all__ = [
     "ImageShards",
     "LatentArrays",
     "LatentWriter",
+    "PairedTokenArrays",
     "TokenArrays",
     "TokenWriter",
     "VideoClips",
@@ -32,6 +34,7 @@ _MODULES = {
     "ImageShards": "image_shards",
     "LatentArrays": "latent_arrays",
     "LatentWriter": "latent_arrays",
+    "PairedTokenArrays": "paired_token_arrays",
     "TokenArrays": "token_arrays",
     "TokenWriter": "token_arrays",
     "VideoClips": "video_clips",

@@ -182,7 +182,12 @@ class ContainerReader(FrameReader):
     def _opened(self) -> Any:
         import av
 
-        return av.open(io.BytesIO(self.data), mode="r", format=self.container)
+        try:
+            return av.open(io.BytesIO(self.data), mode="r", format=self.container)
+        except av.FFmpegError as error:
+            raise UndecodableSample(
+                f"{_CONTAINERS[self.container]} that is damaged or cut short: {error.strerror}"
+            ) from error
 
     @staticmethod
     def _stream(container: Any) -> Any:

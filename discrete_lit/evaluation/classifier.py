@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.distributed import logged_batch_size
-from discrete_lit.core.images import check_channels, size_of, size_text
+from discrete_lit.core.files import file_sha256
+from discrete_lit.core.images import check_channels, frames_of, from_uint8, size_of, size_text
+from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.optimization import configure_optimizers, evaluation_stage
 
 PLAIN_CHANNELS = (16, 32, 64, 128)
@@ -20,7 +22,8 @@ PLAIN_CHANNELS = (16, 32, 64, 128)
 class ImageClassifier(LightningModule):
     """Classify images by convolutions with batch norm, a mean over positions, and a linear layer, or by any network.
 
-    There is one convolution for each entry of `channels`, and each halves the image. Logs `train/loss` (cross-entropy
+    There is one convolution for each entry of `channels`, and each halves the image. Of a batch of clips it learns
+    every frame by itself, as an image of the clip's class. Logs `train/loss` (cross-entropy
     in nats), `validation/loss` and `validation/accuracy` (fraction in [0, 1]), in a test `test/loss` and
     `test/accuracy`.
 
@@ -68,24 +71,43 @@ class ImageClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute float32 logits `(B, num_classes)` of images `(B, C, H, W)` in [-1, 1]."""
+        return self.network(self._checked(images)).float()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Compute what the last layer reads, `(B, feature_dim)`, of images `(B, C, H, W)` in [-1, 1]."""
+        images, made = self._checked(images), self.network
+        if isinstance(made, nn.Sequential):
+            return made[:-1](images)
+        network: Any = made
+        return network.forward_head(network.forward_features(images), pre_logits=True)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what the last layer reads."""
+        made: Any = self.network
+        return int((made[-1] if isinstance(made, nn.Sequential) else made.get_classifier()).in_features)
+
+    def _checked(self, images: Tensor) -> Tensor:
         check_channels(images, self.image_channels, "this ImageClassifier")
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
                 f"this ImageClassifier halves images too often for {size_text(size_of(images))} pixels: give "
                 "it fewer channels, one for each halving"
             )
-        return self.network(images.contiguous(memory_format=torch.channels_last)).float()
+        return images.contiguous(memory_format=torch.channels_last)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch["image"]), batch["label"])
+        images, labels = _images_of(batch)
+        loss = F.cross_entropy(self(images), labels)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        logits = self(batch["image"])
-        correct = (logits.argmax(1) == batch["label"]).float().mean()
+        images, labels = _images_of(batch)
+        logits = self(images)
+        correct = (logits.argmax(1) == labels).float().mean()
         stage = evaluation_stage(self)
-        terms = {f"{stage}/loss": F.cross_entropy(logits, batch["label"]), f"{stage}/accuracy": correct}
+        terms = {f"{stage}/loss": F.cross_entropy(logits, labels), f"{stage}/accuracy": correct}
         self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=logged_batch_size(len(logits)))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -94,6 +116,13 @@ class ImageClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)
+
+
+def _images_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Give the images of a batch with their labels; of clips, all frames."""
+    if "image" in batch:
+        return batch["image"], batch["label"]
+    return frames_of(batch["video"]), batch["label"].repeat_interleave(batch["video"].shape[2])
 
 
 def _plain_network(num_classes: int, channels: tuple[int, ...], image_channels: int, dropout: float) -> nn.Module:
@@ -116,6 +145,34 @@ def _timm_network(name: str, num_classes: int, image_channels: int, dropout: flo
 
 def _normalized(width: int) -> list[nn.Module]:
     return [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+
+
+class ClassifierFeatures(FeatureExtractor):
+    """Extract the pooled features of a classifier that was trained here: what its last layer reads.
+
+    The distance over them is `FD-classifier-<first digits of the checkpoint's SHA-256>`: it compares sets measured by
+    the same checkpoint, and nothing else.
+
+    Args:
+        checkpoint: of an `ImageClassifier`; images that are measured have at least its smallest size.
+
+    Raises:
+        ValueError: no such file, or none of an ImageClassifier.
+    """
+
+    protocol = "float32 pixels in [-1, 1], not resized"
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__()
+        classifier = load_classifier(checkpoint)
+        self.weights_sha256 = file_sha256(Path(checkpoint).expanduser())
+        self.name = f"classifier-{self.weights_sha256[:8]}"
+        self.classifier = classifier.requires_grad_(False)
+        self.dim = classifier.feature_dim
+
+    def extract(self, images: Tensor) -> Tensor:
+        # Grey ones come with three equal channels.
+        return self.classifier.features(from_uint8(images[:, : self.classifier.image_channels]))
 
 
 def load_classifier(path: str | Path) -> ImageClassifier:

@@ -18,6 +18,7 @@ from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
 from discrete_lit.generators.super_resolution import SuperResolution
 from discrete_lit.generators.text_and_image import CaptionIds
+from discrete_lit.generators.text_video_audio import TextVideoAudio, VideoAndAudio
 from discrete_lit.generators.token_diffusion_decoder import TokenDiffusionDecoder
 from discrete_lit.generators.unified import Unified
 
@@ -43,9 +44,11 @@ __all__ = [
     "NextCell",
     "NextScale",
     "SuperResolution",
+    "TextVideoAudio",
     "TokenDiffusionDecoder",
     "TokenLosses",
     "Unified",
     "VectorPyramid",
+    "VideoAndAudio",
     "generator_from_checkpoint",
 ]

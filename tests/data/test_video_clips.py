@@ -96,7 +96,7 @@ def test_a_video_of_one_frame() -> None:
 def test_files_that_are_cut_short_or_are_no_video() -> None:
     gif, mp4 = gif_bytes(moving_square(8), frame_rate=10), mp4_bytes(moving_square(8, side=32), frame_rate=10)
     for data in (gif[: len(gif) // 2], mp4[: len(mp4) // 2], mp4[:40]):
-        with pytest.raises(UndecodableSample):
+        with pytest.raises(UndecodableSample, match="cut short"):
             read(data, 8)
     picture = io.BytesIO()
     Image.fromarray(moving_square(1)[0, ..., 0]).save(picture, "PNG")

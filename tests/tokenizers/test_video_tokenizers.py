@@ -1,7 +1,7 @@
 """Tokenizers of clips: the tokenizers of images around a network of three axes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,15 +14,23 @@ from discrete_lit.data import VideoClips
 from discrete_lit.tokenizers import FSQ, LFQ
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
-from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers.networks import ConvAutoencoder, LowResolutionAutoencoder
+from discrete_lit.tokenizers.networks.network import Autoencoder
 
-KINDS: dict[str, Any] = {"fsq": (FSQ, {"levels": [5, 4, 3]}), "lfq": (LFQ, {"bits": 6})}
+KINDS: dict[str, Any] = {
+    "fsq": (FSQ, {"levels": [5, 4, 3]}),
+    "lfq": (LFQ, {"bits": 6}),
+    "low resolution": (FSQ, {"levels": [5, 4, 3]}),
+}
 
 
-def tokenizer(kind: str, causal: bool | str = True, **training: Any) -> Any:
+def tokenizer(kind: str, causal: bool | Literal["convolutions"] = True, **training: Any) -> Any:
     """Clips of one channel, 5 x 8 x 8, to 3 x 2 x 2 ids, with norms of one channel each."""
 
-    def network(code_dim: int, latent_dim: int) -> ConvAutoencoder:
+    def network(code_dim: int, latent_dim: int) -> Autoencoder:
+        if kind == "low resolution":
+            widths: dict[str, Any] = {"widths": (8, 8), "decoder_widths": (4, 8, 8), "decoder_blocks": (0, 1, 1)}
+            return LowResolutionAutoencoder(code_dim, latent_dim, image_channels=1, time_levels=[1], **widths)
         return ConvAutoencoder(
             code_dim,
             latent_dim,
@@ -71,6 +79,8 @@ def test_later_frames_cannot_change_earlier_ids(kind: str) -> None:
         2,
     )
     assert not first_ids_that_change(module, clips)
+    if kind == "low resolution":  # it has no other layout
+        return
     assert first_ids_that_change(tokenizer(kind, causal="convolutions").eval(), clips)
 
 
@@ -84,8 +94,9 @@ def test_an_image_has_the_ids_of_a_clip_of_one_frame(kind: str) -> None:
     assert module.decode(ids).shape == (4, 1, 8, 8)
 
 
-def test_clips_that_do_not_fit() -> None:
-    module = tokenizer("fsq")
+@pytest.mark.parametrize("kind", ["fsq", "low resolution"])
+def test_clips_that_do_not_fit(kind: str) -> None:
+    module = tokenizer(kind)
     for clips, message in (
         (torch.zeros(1, 1, 4, 8, 8), r"4 frames .* its length must be 1 \+ a multiple of the down-sampling 2"),
         (torch.zeros(1, 1, 5, 8, 9), "image_size=9 is not a multiple of the down-sampling 4"),

@@ -177,7 +177,8 @@ class AdversarialLoss(nn.Module, OfWholeBatch):
         weight_decay: of the discriminator, where the optimizer has one; None takes the autoencoder's.
 
     Raises:
-        ValueError: a setting out of its range, or a consistency weight without an augmentation.
+        ValueError: a setting out of its range, a consistency weight without an augmentation, or an augmentation of a
+            discriminator of clips.
     """
 
     def __init__(
@@ -229,6 +230,10 @@ class AdversarialLoss(nn.Module, OfWholeBatch):
                 f"consistency_weight={consistency_weight} of the adversarial loss compares two showings of an image: "
                 "give an augmentation"
             )
+        if augmentation is not None and discriminator.sees_clips:
+            raise ValueError(
+                f"the augmentation changes images, and a {type(discriminator).__name__} sees clips: leave one out"
+            )
         self.discriminator = discriminator
         self.weight = weight
         self.adaptive = AdaptiveWeight() if adaptive is True else adaptive or None
@@ -270,7 +275,7 @@ class AdversarialLoss(nn.Module, OfWholeBatch):
         return [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
 
     def forward(self, outputs: Tensor, images: Tensor, step: int, *, index: Tensor | None = None) -> AdversarialTerms:
-        """Compute both players' losses and gradients on outputs and images `(B, C, H, W)`.
+        """Compute both players' losses and gradients on outputs and images `(B, C, H, W)`, or clips `(B, C, T, H, W)`.
 
         Args:
             outputs: of the decoder, cut from its graph, requiring a gradient.

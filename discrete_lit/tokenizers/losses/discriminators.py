@@ -8,7 +8,7 @@
     DINODiscriminator      a logit for every patch  Sauer et al., "StyleGAN-T", ICML 2023, section 3.1
                            and layer of a frozen ViT
 
-Each stands with its own layers below it.
+The one of whole clips stands in `clip_discriminator.py`. Each stands with its own layers below it.
 """
 
 from abc import ABC, abstractmethod
@@ -39,6 +39,9 @@ _NORM_GROUPS = 32
 
 class Discriminator(nn.Module, ABC):
     """Tell images from reconstructions by logits, which are high for images."""
+
+    sees_clips: bool = False
+    """Whether it is shown clips `(B, C, T, H, W)` as they are; others see a clip as a batch of its frames."""
 
     def prepare(self) -> None:
         """Read the weights of what is frozen, if anything is.

@@ -102,7 +102,8 @@ class Objective(FullPrecision):
     ) -> ObjectiveTerms:
         """The loss of outputs `(B, C', H, W)`, float32 or float64, against images `(B, C, H, W)`.
 
-        Clips `(B, C, T, H, W)` are compared frame by frame, by frozen networks and discriminators too.
+        Clips `(B, C, T, H, W)` are compared frame by frame, by frozen networks and discriminators too, but for a
+        discriminator of whole clips.
 
         Args:
             outputs: of the decoder; C' is C, or twice as many for the logit-Laplace loss.
@@ -111,7 +112,7 @@ class Objective(FullPrecision):
             step: of the optimizer, in training; without it there are no adversarial terms.
             index: `(B,)` int64, each image's number in the run, to which its augmentation belongs. None: nobody knows.
         """
-        if images.ndim == 5:
+        if images.ndim == 5 and not (self.adversarial is not None and self.adversarial.discriminator.sees_clips):
             frames = images.shape[2]
             if index is not None:
                 index = (index[:, None] * frames + torch.arange(frames, device=index.device)).flatten()
@@ -125,6 +126,7 @@ class Objective(FullPrecision):
             return ObjectiveTerms(loss=_sum(terms), terms=terms)
 
     def _reconstruction(self, outputs: Tensor, images: Tensor) -> dict[str, Tensor]:
+        outputs, images = frames_of(outputs), frames_of(images)
         terms = {self.names[name]: weight * loss(outputs, images) for name, (loss, weight) in self.pixel_losses.items()}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual.weight * self.perceptual(outputs, images)

@@ -181,15 +181,33 @@ def before_first_frame(x: Tensor, count: int, start: ClipStart) -> Tensor:
 
 
 class CausalConvolution(nn.Conv3d):
-    """Convolve clips, looking back in time only (MAGVIT-v2: Yu et al., 2024, sec. 3.2)."""
+    """Convolve clips, looking back in time only (MAGVIT-v2: Yu et al., 2024, sec. 3.2).
+
+    Args:
+        in_channels, out_channels: channels.
+        kernel: frames, height and width of the kernel, or one size for all three; the grid of each frame keeps its size
+            where the kernel's is odd.
+        stride: of the three axes.
+        bias: whether it has one.
+        start: the frames before the first one.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, bias: bool = True, start: ClipStart = "repeat"
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int | tuple[int, int, int],
+        *,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        bias: bool = True,
+        start: ClipStart = "repeat",
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2), bias=bias)
+        size = (kernel, kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (0, (size[1] - 1) // 2, (size[2] - 1) // 2)
+        super().__init__(in_channels, out_channels, size, stride=stride, padding=padding, bias=bias)
         self.start: ClipStart = start
 
-    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T, H, W)
+    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T', H', W')
         return super().forward(before_first_frame(input, self.kernel_size[0] - 1, self.start))
 
 
