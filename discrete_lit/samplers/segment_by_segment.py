@@ -21,7 +21,7 @@ from discrete_lit.backbones.segment_sequence import Columns, SegmentSequence, co
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.modules import at_least_float32, evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.core.synchronisation import checked_at_the_end, on_device
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
 from discrete_lit.diffusion.solvers import Euler, Solver
@@ -387,7 +387,7 @@ class _Draw:
         while (then := grammar.following[run[-1]]) is not None and self._is_drawn(then) and not self._is_island(then):
             run.append(then)
         assert not self.pending, "what was drawn before stands in front of what is prepared"
-        states = torch.tensor(run, device=self.states.device).expand(self.batch, -1)
+        states = on_device(torch.tensor, tuple(run), device=self.states.device).expand(self.batch, -1)
         of_contexts = self._rows(states)
         coordinates, behind = coordinates_of(grammar, of_contexts, origin=self.cache.origin)
         return _Run(

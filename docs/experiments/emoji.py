@@ -97,7 +97,8 @@ def main() -> None:
     assert isinstance(model, Unified)
     splits = {split: Pictures(given.package, split, model.image_size[0]) for split in KINDS}
     every = torch.cat([each.pixels for each in splits.values()]), [n for each in splits.values() for n in each.names]
-    train, rows, shown = splits["train"], [], []
+    train, rows = splits["train"], list[list[str]]()
+    shown: list[Tensor] = []
     for split, kind in KINDS.items():
         chosen = splits[split].some(given.count)
         own = [splits[split].names[number] for number in chosen]

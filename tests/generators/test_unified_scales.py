@@ -58,7 +58,7 @@ def twins(make_next_scale: Callable[..., NextScale]) -> tuple[NextScale, Segment
         "aligners.image.0.bias": weights.pop("token_embedding.project.bias"),
         "levels.image.table.weight": torch.zeros(1, 24),
         "scale_heads.image.weight": weights.pop("head.project.weight"),
-        "head.weight": network.head.weight.detach(),  # predicts no id here
+        "head.weight": network.state_dict()["head.weight"],  # predicts no id here
     }
     network.load_state_dict({**weights, **renamed})
     return generator, network
@@ -143,13 +143,15 @@ def test_a_place_sees_its_scale_and_those_before_and_no_other(make_next_scale: C
 def unified(make_next_scale: Callable[..., NextScale]) -> Callable[..., Unified]:
     def make(**settings: Any) -> Unified:
         arguments: dict[str, Any] = {
+            "tokenizer": make_next_scale().tokenizer,
+            "image_size": 8,
             "text_tokenizer": Words(("black", "white")),
             "text_length": 4,
             "image_prediction": "scales",
             "backbone": lambda layout: SegmentTransformer(layout, **SIZES),
             **settings,
         }
-        return randomise(Unified(make_next_scale().tokenizer, 8, **arguments), 0.4).double().eval()
+        return randomise(Unified(**arguments), 0.4).double().eval()
 
     return make
 
@@ -195,14 +197,7 @@ def test_scales_that_do_not_fit_are_refused(
     unified: Callable[..., Unified], twins: tuple[NextScale, SegmentTransformer]
 ) -> None:
     with pytest.raises(ValueError, match="image_prediction='scales' predicts the scales of a MultiScaleResidualQuant"):
-        Unified(
-            PixelLevels(2, image_channels=1),
-            [1, 2],
-            text_tokenizer=Words(("black",)),
-            text_length=4,
-            image_prediction="scales",
-            backbone=lambda layout: SegmentTransformer(layout, **SIZES),
-        )
+        unified(tokenizer=PixelLevels(2, image_channels=1), image_size=[1, 2])
     with pytest.raises(ValueError, match="have no ends of rows"):
         unified(image_format="rows")
     for changes in ({"begin_ids": ()}, {"codes": 0}, {"attention": "causal", "scales": ()}):
@@ -211,11 +206,10 @@ def test_scales_that_do_not_fit_are_refused(
     generator, network = twins
     grammar, rows = network.grammar, torch.zeros(1, 1, dtype=torch.int64)
     prompt = SegmentSequence(ids=rows, states=grammar.states_of("image0")[:1][None], sample=rows)
-    for wrong in (None, unified().tokenizer.quantizer, generator):
-        quantizer = None if wrong is None else generator.scale_quantizer()
-        if quantizer is not None:
-            quantizer.vocab_size = 7
+    other = generator.scale_quantizer()
+    other.vocab_size = 7
+    for quantizer in (None, other):
         with pytest.raises(ValueError, match="give the quantizer that makes these"):
             SegmentSampler()(
-                network, [prompt], CounterRandom(0, torch.zeros(1)), segments=["image0"], quantizer=quantizer
+                network, [prompt], CounterRandom(0, torch.arange(1)), segments=["image0"], quantizer=quantizer
             )
