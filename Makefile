@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-audio seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -233,6 +233,7 @@ $(SUMS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finish
 $(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
 	$(LIT) sample --config $(DIGITS_CONFIGS)/sample_sums.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
 
+<<<<<<< HEAD
 quickstart-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/evaluation/report.md ## a codec of speech, and two digits said from a text
 	$(BIN)/python docs/experiments/audio.py --output $(AUDIO)
 	@echo
@@ -279,6 +280,28 @@ $(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/va
 $(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished
 	$(LIT) sample --config $(AUDIO_CONFIGS)/sample.yaml
 
+=======
+# The emoji and their names, drawn and read by one model.
+TOLD := runs/quickstart_emoji
+TOLD_CONFIGS := lightning_configs/quickstart_emoji
+TOLD_SPLITS := train combinations test
+
+quickstart-emoji: $(TOLD)/transfusion/samples.npz $(TOLD_SPLITS:%=$(TOLD)/shards/%/manifest.json) ## names to emoji and back by one model
+	$(BIN)/python docs/experiments/emoji.py --page $(TOLD)/report.md
+	@echo
+	@echo "pictures:     $(TOLD)/transfusion/grid.png"
+	@echo "training log: $(BIN)/tensorboard --logdir $(TOLD)"
+
+$(TOLD_SPLITS:%=$(TOLD)/shards/%/manifest.json): | $(COLOUR)/package/package.json
+
+$(TOLD)/words.json: $(TOLD)/shards/train/manifest.json
+	$(LIT) text_tokenizer --shards $(<D) --vocab_size 800 --output $@
+
+$(TOLD)/transfusion/finished: $(TOLD)/words.json $(TOLD)/shards/combinations/manifest.json
+	$(LIT) fit --config $(TOLD_CONFIGS)/transfusion.yaml --ckpt_path last
+	@touch $@
+
+>>>>>>> unified17
 # The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all
 # along, so the speeds in the table are of half of them.
@@ -414,5 +437,6 @@ endef
 $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
 $(eval $(call pipeline,$(DIGITS),$(DIGITS_CONFIGS)))
+$(eval $(call pipeline,$(TOLD),$(TOLD_CONFIGS)))
 
 .PRECIOUS: $(COLOUR)/%_grid/samples.npz

@@ -25,6 +25,7 @@ FOLDERS = (
     "quickstart_text",
     "quickstart_audio",
     "quickstart_digits",
+    "quickstart_emoji",
     "quickstart_video",
 )
 

@@ -149,10 +149,16 @@ def test_the_quickstart_writes_the_page_of_its_generators_and_says_where(tmp_pat
 DIGITS = "runs/quickstart_digits"
 
 
-@pytest.mark.parametrize("model", ["chameleon", "transfusion", "sums", "sums_thought"])
-def test_what_the_models_of_digits_read_is_made_before(model: str, tmp_path: Path) -> None:
-    made = {f"{DIGITS}/sklearn/datasets/data/digits.csv.gz"}
-    commands = steps(f"{DIGITS}/{model}/samples.npz", tmp_path)
+EMOJI = "runs/quickstart_emoji"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [*(f"{DIGITS}/{name}" for name in ("chameleon", "transfusion", "sums", "sums_thought")), f"{EMOJI}/transfusion"],
+)
+def test_what_the_models_of_text_and_image_read_is_made_before(model: str, tmp_path: Path) -> None:
+    made = {f"{DIGITS}/sklearn/datasets/data/digits.csv.gz", "runs/quickstart_colour/package"}
+    commands = steps(f"{model}/samples.npz", tmp_path)
     for step in commands:
         settings = read(configs_of(step)[0]) if configs_of(step) else {}
         output = option(step, "--output") or settings.get("run_dir") or settings["output"]
@@ -161,7 +167,9 @@ def test_what_the_models_of_digits_read_is_made_before(model: str, tmp_path: Pat
             assert path in made, (step, path)
         made.add(str(output))
     assert [step[0] for step in commands[-2:]] == ["fit", "sample"]
-    assert f"{DIGITS}/shards/{model if 'sums' in model else 'train'}" in made
+    folder, name = model.rsplit("/", 1)
+    assert f"{folder}/shards/{name if 'sums' in name else 'train'}" in made
+    assert f"{folder}/shards/test" not in made
 
 
 def test_no_model_of_digits_sees_a_pair_that_is_held_out() -> None:

@@ -16,6 +16,7 @@ from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
 from discrete_lit.backbones.unet import UNet
+from discrete_lit.backbones.uvit import UViT
 from discrete_lit.backbones.vision_encoder import VisionEncoder
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "TokenDiffusionHead",
     "Transformer",
     "UNet",
+    "UViT",
     "VectorLayout",
     "VisionEncoder",
     "ids_of_signs",

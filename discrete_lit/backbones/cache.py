@@ -137,7 +137,6 @@ class RaggedCache:
         keys_and_values: `(layers, 2, B, heads, length, head_dim)`, preallocated.
 
     Attributes:
-        filled: `(B,)` int64, elements of each sequence.
         origin: `(B,)` int64, where the next element of each stands, in the units of its layout's positions.
         reach: the most of `filled`, as the host knows it; never less.
         even: whether all sequences are known to be of one length.
@@ -146,10 +145,15 @@ class RaggedCache:
     def __init__(self, keys_and_values: Tensor) -> None:
         batch, device = keys_and_values.shape[2], keys_and_values.device
         self._buffers = keys_and_values
-        self.filled = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.origin = torch.zeros_like(self.filled)
+        self.origin = torch.zeros(batch, dtype=torch.int64, device=device)
         self.reach = 0
         self.even = True
+        self._filled = self.origin
+
+    @property
+    def filled(self) -> Tensor:
+        """`(B,)` int64, elements of each sequence."""
+        return torch.full_like(self.origin, self.reach) if self.even else self._filled
 
     def layer(self, number: int) -> RaggedLayerCache | LayerCache:
         """Give what one attention reads and writes."""
@@ -167,15 +171,15 @@ class RaggedCache:
             reach: the most of `filled` from now on; needed where the counts differ.
         """
         if isinstance(counts, int):
+            self._filled = self._filled if self.even else self._filled + counts
             self.reach += counts
             self.origin = then[:, counts - 1]
-            self.filled = self.filled + counts
             return
         assert reach is not None, "the host must know how long the longest sequence is"
-        self.even = False
+        filled, self.even = self.filled, False
         last = then.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.origin = torch.where(counts > 0, last, self.origin)
-        self.filled, self.reach = self.filled + counts, reach
+        self._filled, self.reach = filled + counts, reach
 
 
 def new_buffers(

@@ -186,7 +186,7 @@ class Columns:
         self.grammar, self.batch, self.device = grammar, batch, device
         self.ids: list[Tensor] = []
         self.states: list[Tensor] = []
-        self.valid: list[Tensor] = []
+        self.valid: list[Tensor | None] = []
         self.vectors: list[dict[str, Tensor]] = []
         self.times: list[Tensor | None] = []
         self.loop = len(grammar.layout.segments[0].begin_ids)
@@ -209,11 +209,11 @@ class Columns:
             vectors: `(B, n, E)` of a segment, by its name.
             times: `(B or 1, n)` float, how noisy they are.
         """
+        # Sampling appends every id that it draws: nothing is computed here that can wait.
         shape = (self.batch, states.shape[1])
-        everywhere = torch.ones(shape, dtype=torch.bool, device=self.device)
-        self.ids.append(ids.expand(shape))
-        self.states.append(states.expand(shape))
-        self.valid.append(everywhere if valid is None else valid.expand(shape))
+        self.ids.append(ids if ids.shape == shape else ids.expand(shape))
+        self.states.append(states if states.shape == shape else states.expand(shape))
+        self.valid.append(valid if valid is None or valid.shape == shape else valid.expand(shape))
         self.vectors.append(vectors or {})
         self.times.append(times)
 
@@ -268,7 +268,8 @@ class Columns:
 
     def joined(self) -> SegmentSequence:
         """Give the elements that each sample has, in their order, padding behind them."""
-        valid = torch.cat(self.valid, dim=1)
+        pairs = zip(self.valid, self.states, strict=True)
+        valid = torch.cat([torch.ones_like(each, dtype=torch.bool) if v is None else v for v, each in pairs], dim=1)
         rows = torch.arange(self.batch, device=self.device)[:, None]
         names = sorted({name for vectors in self.vectors for name in vectors})
         dense = {name: torch.cat([self._of(name, number) for number in range(len(self.ids))], dim=1) for name in names}

@@ -2,7 +2,7 @@
 
 `SegmentTransformer.forward` is the model: embed each element by its modality, run the blocks, give hidden states. From
 a hidden state `logits` predicts the id that follows, over those that may stand there; `predict_vectors` the vectors at
-the elements of an island, which see each other.
+the elements of an island, which see each other; `predict_scales` the ids of the scales of an image (VAR).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +38,7 @@ class SegmentTransformer(nn.Module):
     - Emu3: `rotary_base=1e6`, `key_value_heads=8`.
     - Janus: `own_embeddings={"image": 8}`, `own_heads={"image": width}`, `norm_epsilon=1e-6`.
     - Transfusion: `SegmentLayout.positions="island"` and bidirectional segments of vectors.
+    - VAR: segments of vectors in scales, with `codes`; an embedding of the scale is added to the vectors.
     - Show-o, whose transformer is Phi-1.5: `parallel`, `rotary_share=0.5`, `norm="layer"`, `mlp="gelu_tanh"`, `bias`,
       `qk_norm="layer"`.
 
@@ -70,7 +71,7 @@ class SegmentTransformer(nn.Module):
         ValueError: a setting out of its range, or a modality that the layout does not have.
     """
 
-    fsdp_methods = ("logits", "logits_in", "predict_vectors")
+    fsdp_methods = ("logits", "logits_in", "predict_scales", "predict_vectors")
     rotary_table: Tensor
 
     def __init__(
@@ -146,8 +147,12 @@ class SegmentTransformer(nn.Module):
             {name: aligner(dim, width, layers=aligner_layers) for name, dim in vectors.items()}
         )
         predicted = {
-            segment.modality for segment in layout.segments if segment.input_dim is not None and segment.loss_weight
+            segment.modality
+            for segment in layout.segments
+            if segment.input_dim is not None and segment.loss_weight and segment.codes is None
         }
+        in_scales = {name: segment for name, segment in self.modalities.items() if segment.codes is not None}
+        self.levels = nn.ModuleDict({name: ScaleEmbedding(each.scales, width) for name, each in in_scales.items()})
         self.time_embedding = TimeEmbedding(width) if predicted else None
         self.dropout = nn.Dropout(settings.dropout_at("embeddings"))
         self.register_buffer("rotary_table", self._rotations().float(), persistent=False)
@@ -171,6 +176,9 @@ class SegmentTransformer(nn.Module):
             own = segment.modality in self.own_heads and set(ids) <= set(segment.ids)
             self.own_head_of.append(segment.modality if own else None)
         self.vector_heads = nn.ModuleDict({name: Linear(width, cast(int, vectors[name])) for name in sorted(predicted)})
+        self.scale_heads = nn.ModuleDict(
+            {name: Linear(width, cast(int, each.codes), bias=False, autocast=False) for name, each in in_scales.items()}
+        )
         self._initialise()
 
     def _shared_ids(self, embedded: set[str], predicted: set[str]) -> int:
@@ -219,20 +227,26 @@ class SegmentTransformer(nn.Module):
         self.rotary_table = made_again(self._rotations(), like=self.rotary_table)
         return self
 
-    def forward(self, sequence: SegmentSequence, cache: RaggedCache | None = None) -> Tensor:
+    def forward(
+        self, sequence: SegmentSequence, cache: RaggedCache | None = None, *, rotary: Tensor | None = None
+    ) -> Tensor:
         """Make hidden states `(B, n, D)`, normed, of the elements of a sequence.
 
         Args:
             sequence: with a cache, one sample a row: the elements that follow those that it holds. They see each other
                 as the grammar says, and all that the cache holds.
             cache: of `new_cache`; what the pass writes into it stays where its `advance` follows.
+            rotary: with an even cache, of a pass over one element: what `rotary_of` gives of its coordinates, where
+                the caller has it from many elements at once.
 
         Raises:
             ValueError: more elements than the cache has room for.
         """
         hidden = self.dropout(self._embed(sequence))
-        coordinates, mask = self._places(sequence, cache)
-        rotary = self.rotary_table[coordinates].flatten(2, 3)[:, None]
+        mask = None
+        if rotary is None:
+            coordinates, mask = self._places(sequence, cache)
+            rotary = self.rotary_of(coordinates)
         checkpointed = self.activation_checkpointing and self.training
         for number, block in enumerate(self.blocks):
             keys = None if cache is None else cache.layer(number)
@@ -242,6 +256,10 @@ class SegmentTransformer(nn.Module):
             else:
                 hidden = block(*arguments)
         return self.final_norm(hidden)
+
+    def rotary_of(self, coordinates: Tensor) -> Tensor:
+        """Look up the rotations of coordinates `(B, n, axes)`: `(B, 1, n, head_dim / 2, 2)`."""
+        return self.rotary_table[coordinates].flatten(2, 3)[:, None]
 
     def _places(self, sequence: SegmentSequence, cache: RaggedCache | None) -> tuple[Tensor, Tensor | None]:
         """Find coordinates `(B, n, axes)`, and the mask; None where each element sees all that stands before it."""
@@ -278,6 +296,8 @@ class SegmentTransformer(nn.Module):
                 times = sequence.times
                 times = vectors.new_zeros(vectors.shape[:2]) if times is None else times
                 read = read + self.time_embedding(_TIME_UNITS * times.flatten()).unflatten(0, times.shape)
+            if segment.modality in self.levels:
+                read = read + self.levels[segment.modality](self.grammar.place_of[sequence.states])
             inside = self.grammar.is_vector[sequence.states] & (
                 self.grammar.segment_of[sequence.states] == self.layout.number(segment.name)
             )
@@ -332,6 +352,15 @@ class SegmentTransformer(nn.Module):
     def predict_vectors(self, hidden: Tensor, *, segment: str) -> Tensor:
         """Predict the vectors at the positions of a segment, from their own hidden states: `(..., D)` to `(..., E)`."""
         return cast(Linear, self.vector_heads[self.layout[segment].modality])(hidden)
+
+    def predict_scales(self, hidden: Tensor, *, segment: str) -> Tensor:
+        """Predict the ids of the scales of a segment where they stand: `(..., D)` to `(..., K)` float32 or float64.
+
+        Args:
+            hidden: states of its positions, and for the first scale of the element in front of them.
+            segment: its name.
+        """
+        return cast(Linear, self.scale_heads[self.layout[segment].modality])(hidden)
 
     def flops(self, elements: int, seen: int) -> int:
         """Count the floating-point operations of the blocks for some elements of one sequence, two a multiply-add.
@@ -398,6 +427,27 @@ class OwnEmbedding(nn.Module):
         """Map ids `(B, n)` to `(B, n, D)`; what stands where `inside` is false is not read."""
         codes = self.code_of[ids.where(inside, 0).clamp(max=len(self.code_of) - 1)]
         return self.aligner(self.table(codes))
+
+
+class ScaleEmbedding(nn.Module):
+    """Embed the scales that the positions of a segment belong to (VAR's level embedding).
+
+    Args:
+        scales: positions of each.
+        width: D.
+    """
+
+    level: Tensor
+
+    def __init__(self, scales: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(len(scales), width)
+        level = torch.arange(len(scales)).repeat_interleave(torch.tensor(scales))
+        self.register_buffer("level", level, persistent=False)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Map positions `(B, n)` of the segment to `(B, n, D)`; elsewhere, as at -1, what comes means nothing."""
+        return self.table(self.level[places.clamp(0, len(self.level) - 1)])
 
 
 class OwnHead(nn.Module):

@@ -32,6 +32,9 @@ class Segment:
         attention: which of its own positions see which: each those before it; all each other (an island); or each
             those of its scale and of the scales before.
         scales: positions of each scale in turn, of `"block_causal"` attention.
+        codes: K, of vectors in scales that predict ids, each where it stands (VAR): the vectors of a scale are what the
+            scales before it add up to. The first scale is one id, which what stands before the segment predicts, and
+            has no position in it; None for vectors that predict no ids.
         allowed: codes' ids that may stand in it; all of `ids` by default. Of text it leaves out what pads it.
         begin_ids: stand before it. Where the sequence chooses what follows, the first of them is the choice.
         end_ids: stand behind it; the first of them is how a variable segment ends.
@@ -56,6 +59,7 @@ class Segment:
     loss_weight: float = 1.0
     attention: Literal["causal", "bidirectional", "block_causal"] = "causal"
     scales: tuple[int, ...] = ()
+    codes: int | None = None
     allowed: tuple[int, ...] | None = None
     begin_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
@@ -84,6 +88,11 @@ class Segment:
             raise ValueError(
                 f"{of} has {self.attention} attention and scales={self.scales}: block_causal attention needs scales "
                 f"that add up to its {self.positions} positions, others have none"
+            )
+        if self.codes is not None and (self.codes < 1 or not self.scales or self.ids or not self.begin_ids):
+            raise ValueError(
+                f"{of} has codes={self.codes}, which is at least 1 and needs vectors, attention='block_causal', and "
+                "begin_ids, from which the first scale is predicted"
             )
         if self.attention != "causal" and (self.row_end_id is not None or self.variable):
             raise ValueError(f"{of} with {self.attention} attention has neither ends of rows nor a variable length")
@@ -166,11 +175,11 @@ class SegmentLayout:
                 )
         if self.positions not in ("sequence", "island", "axial"):
             raise ValueError(f"positions must be 'sequence', 'island' or 'axial', got {self.positions!r}")
-        modalities: dict[str, tuple[Sequence[int], int | None]] = {}
+        modalities: dict[str, tuple[object, ...]] = {}
         for segment in self.segments:
-            made = tuple(segment.ids), segment.input_dim
+            made = tuple(segment.ids), segment.input_dim, segment.codes, segment.scales if segment.codes else ()
             if modalities.setdefault(segment.modality, made) != made:
-                raise ValueError(f"segments of the modality {segment.modality!r} have different ids or widths")
+                raise ValueError(f"segments of the modality {segment.modality!r} have different ids, widths or scales")
         if self.interleaved:
             self._check_interleaved()
         elif self.most_elements is not None:

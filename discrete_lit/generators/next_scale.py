@@ -50,7 +50,7 @@ class NextScale(Generator):
         sampler: Sampler | None = None,
         **common: Any,
     ) -> None:
-        quantizer = _quantizer_of(tokenizer)
+        quantizer = scale_quantizer_of(tokenizer)
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
@@ -72,7 +72,7 @@ class NextScale(Generator):
         self.register_buffer("scale_coordinates", middles.repeat_interleave(lengths), persistent=False)
 
     def scale_quantizer(self) -> MultiScaleResidualQuantizer:
-        return _quantizer_of(self.tokenizer)
+        return scale_quantizer_of(self.tokenizer)
 
     def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         values = self._cross_entropies(tokens, condition)
@@ -92,13 +92,22 @@ class NextScale(Generator):
         return cross_entropies(self.backbone(vectors, condition), tokens)
 
 
-def _quantizer_of(tokenizer: Tokenizer) -> MultiScaleResidualQuantizer:
+def scale_quantizer_of(tokenizer: object, *, reader: str = "NextScale") -> MultiScaleResidualQuantizer:
+    """Give the quantizer of a tokenizer of scales, the first of one id.
+
+    Args:
+        tokenizer: any.
+        reader: what predicts its scales, for messages.
+
+    Raises:
+        ValueError: a tokenizer without scales, or one whose first scale has several ids.
+    """
     quantizer = getattr(tokenizer, "quantizer", None)
     if not isinstance(quantizer, MultiScaleResidualQuantizer):
         raise ValueError(
-            f"NextScale predicts the scales of a MultiScaleResidualQuantizer; the tokenizer {type(tokenizer).__name__} "
+            f"{reader} predicts the scales of a MultiScaleResidualQuantizer; the tokenizer {type(tokenizer).__name__} "
             f"has {'no quantizer' if quantizer is None else 'a ' + type(quantizer).__name__}: give it a MultiScaleVQ"
         )
     if quantizer.lengths[0] != 1:
-        raise ValueError(f"NextScale needs a first scale of one id, the tokenizer's scales are {quantizer.scales}")
+        raise ValueError(f"{reader} needs a first scale of one id, the tokenizer's scales are {quantizer.scales}")
     return quantizer

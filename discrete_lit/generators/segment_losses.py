@@ -1,7 +1,8 @@
 """Losses of a sequence of segments: the cross-entropy of each id that may vary, and how a batch averages them.
 
 `id_losses` costs the prediction of each id from the element before it, by segment; `masked_losses` that of masked ids
-where they stand. `mean_loss` makes one number of them and of the losses of vectors, the same on any number of ranks.
+where they stand; `scale_losses` that of the ids of scales. `mean_loss` makes one number of them and of the losses of
+vectors, the same on any number of ranks.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ class SegmentLosses(NamedTuple):
     weights: Tensor
     """The weight of each in the mean."""
     log_partition: Tensor | None
-    """The logarithm of the sum of exponentials of each id's logits; None of vectors and of masked ids, whose mean is
-    one of its own."""
+    """The logarithm of the sum of exponentials of each id's logits; None of vectors, of masked ids and of those in
+    scales, whose mean is one of its own."""
 
 
 def id_losses(
@@ -136,6 +137,27 @@ def masked_losses(
     return SegmentLosses(values, torch.ones_like(values), None)
 
 
+def scale_losses(
+    network: SegmentTransformer, sequence: SegmentSequence, hidden: Tensor, *, name: str, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cost the prediction of the ids of scales, each scale given those before it (VAR, eq. 6).
+
+    Args:
+        network: that made the hidden states.
+        sequence: that it read.
+        hidden: `(B, N, D)`.
+        name: of the segment.
+        ids: `(S, P + 1)` int64 in [0, codes), of all scales of each sample, the one id of the first in front.
+
+    Returns:
+        Nats of each id of M islands, `(M, P + 1)`, and the sample of each island, `(M,)`.
+    """
+    rows, columns, owner = island_columns(network, sequence, name)
+    columns = torch.cat((columns[:, :1] - 1, columns), dim=1)
+    logits = network.predict_scales(hidden[rows, columns], segment=name)
+    return logits.logsumexp(dim=-1) - logits.gather(2, ids[owner][..., None])[..., 0], owner
+
+
 def mean_loss(
     losses: Mapping[str, SegmentLosses], *, island_weight: float, z_loss: float
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -143,8 +165,8 @@ def mean_loss(
 
     Args:
         losses: by segment.
-        island_weight: of the mean error of vectors, or of masked ids, which is added to the mean over the ids of all
-            other segments (Transfusion, eq. 4; Show-o, eq. 5).
+        island_weight: of the mean error of vectors, of masked ids, or of those in scales, which is added to the mean
+            over the ids of all other segments (Transfusion, eq. 4; Show-o, eq. 5).
         z_loss: weight of the mean squared logarithm of the softmax's denominator.
 
     Returns:

@@ -139,6 +139,7 @@ def text_and_image_layout(
     thought_length: int | None = None,
     thought_weight: float = 1.0,
     masked: bool = False,
+    scales: tuple[int, ...] = (),
 ) -> SegmentLayout:
     """Make the layout of a caption and an image: the text's ids first, then the image's, then what stands around it.
 
@@ -158,12 +159,14 @@ def text_and_image_layout(
         text_weight, image_weight, thought_weight: of each in the loss.
         thought_length: the most ids of a thought, its begin and end among them; None for no thoughts.
         masked: of ids, whether they see each other and are predicted where they stand, from masks (Show-o).
+        scales: ids of each scale, where these are predicted one after another from vectors of width `dim` (VAR).
 
     Raises:
-        ValueError: a text tokenizer without begin and end; thoughts of an interleaved layout; masks and ends of rows.
+        ValueError: a text tokenizer without begin and end; thoughts of an interleaved layout; masks or scales, and ends
+            of rows.
     """
-    if masked and rows:
-        raise ValueError("ids that are predicted from masks have no ends of rows: set image_format='plain'")
+    if (masked or scales) and rows:
+        raise ValueError("ids from masks, or in scales, have no ends of rows: set image_format='plain'")
     if thought_length is not None and interleaved:
         raise ValueError("a thought stands between a caption and its image: set order='text_first'")
     if text.begin_id is None or text.end_id is None:
@@ -185,17 +188,20 @@ def text_and_image_layout(
             loss_weight=weight,
         )
 
-    first = words + (codes or 0)
+    of_ids = codes is not None and not scales
+    first = words + (codes if codes is not None and of_ids else 0)
     begin, end, row_end = (first,), (first + 1,), None
     if rows:
         begin = (first, *text.ids("*".join(map(str, grid))), first + 1)
         end, row_end = (first + 2, first + 3), first + 4
     image = Segment(
         name="image",
-        shape=grid,
-        ids=range(words, first) if codes is not None else (),
+        shape=(sum(scales[1:]),) if scales else grid,
+        ids=range(words, first) if of_ids else (),
         input_dim=dim,
-        attention=("bidirectional" if masked else "causal") if codes is not None else attention,
+        attention="block_causal" if scales else ("bidirectional" if masked else "causal") if of_ids else attention,
+        scales=scales[1:],
+        codes=codes if scales else None,
         begin_ids=begin,
         end_ids=end,
         row_end_id=row_end,

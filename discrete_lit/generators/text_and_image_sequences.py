@@ -18,6 +18,7 @@ from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.text_and_image import CaptionIds, read_captions, split_thoughts
 from discrete_lit.generators.training import ClassConditionalTraining
+from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 
 NullText = Literal["empty", "padding"]
@@ -39,6 +40,11 @@ class TextAndImageSequences(ClassConditionalTraining):
     token_shape: tuple[int, ...]
     codes: Tensor
     """`(K,)` int64, the id of each of the tokenizer's codes in the vocabulary of the sequence."""
+
+    @property
+    def scale_quantizer(self) -> MultiScaleResidualQuantizer | None:
+        """What makes the vectors of an image whose scales are predicted one after another; None of other images."""
+        return None
 
     @property
     def reads_text(self) -> bool:
@@ -144,7 +150,13 @@ class TextAndImageSequences(ClassConditionalTraining):
             ]
         if data is None:
             return assemble(self.grammar, text, closed=closed, begun=begun)
-        content = self.codes[data.flatten(1)] if self.patches is None else self.patches.cut(data)
+        if self.patches is not None:
+            content = self.patches.cut(data)
+        elif self.scale_quantizer is not None:
+            with torch.no_grad(), torch.autocast(data.device.type, enabled=False):
+                content = self.scale_quantizer.teacher_forcing(data.flatten(1))
+        else:
+            content = self.codes[data.flatten(1)]
         if masked is not None and self.image.mask_id is not None:
             content = content.masked_fill(masked, self.image.mask_id)
         if image_first is None:
@@ -174,7 +186,10 @@ class TextAndImageSequences(ClassConditionalTraining):
     # Back from sequences.
 
     def images_of(self, sequence: SegmentSequence) -> Tensor:
-        """Take the one image of each sequence out: ids `(B, *token_shape)`, or latents `(B, D, H, W)`."""
+        """Take the one image of each sequence out: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+
+        Images in scales are not in it: their sequence holds what their ids add up to.
+        """
         inside = self._inside(sequence, "image")
         if self.patches is not None:
             vectors = sequence.vectors["image"][inside].unflatten(0, (len(sequence), self.image.positions))

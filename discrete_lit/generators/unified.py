@@ -12,6 +12,8 @@ The sequence is made of segments (`discrete_lit.backbones.segments`), and the pu
   tokenizer; its latents are an island that sees itself both ways, and is drawn by flow matching.
 - Show-o (Xie et al., "One Single Transformer to Unify Multimodal Understanding and Generation", 2024):
   `image_prediction="masked"`, ids that see each other, and are predicted where they stand, from masks.
+- VAR's images (Tian et al., "Visual Autoregressive Modeling", 2024) behind a text: `image_prediction="scales"`, the ids
+  of a scale all at once, given the scales before it.
 
 With `thought_length` the model writes a text between the caption and the image before it draws: "2+3", then "5", then
 the picture. A thought can be read, edited, and given.
@@ -37,6 +39,7 @@ from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.next_scale import scale_quantizer_of
 from discrete_lit.generators.published_layout import Vocabulary, published_layout
 from discrete_lit.generators.segment_losses import (
     SegmentLosses,
@@ -45,6 +48,7 @@ from discrete_lit.generators.segment_losses import (
     island_columns,
     masked_losses,
     mean_loss,
+    scale_losses,
 )
 from discrete_lit.generators.text_and_image import CaptionIds, split_thoughts, text_and_image_layout
 from discrete_lit.generators.text_and_image_sequences import NullText, TextAndImageSequences
@@ -52,6 +56,7 @@ from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import evaluation_stage
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.samplers.segment_by_segment import SegmentSampler
+from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
@@ -79,7 +84,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
 
     The loss of ids is the mean of their cross-entropies, by the weights of their segments. The loss of latents is the
     squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4),
-    as is the mean cross-entropy of masked ids (Show-o, eq. 5). Each segment's is logged as `loss_of/<segment>`.
+    as is the mean cross-entropy of masked ids (Show-o, eq. 5), or of ids in scales. Each segment's is logged as
+    `loss_of/<segment>`.
 
     Args:
         tokenizer: frozen here; of ids, or a continuous one.
@@ -93,8 +99,9 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         image_format: of ids: `"plain"`, begin, ids, end; or `"rows"` as Emu3, with the size in front and an end of each
             row.
         image_attention: of latents: whether they see each other both ways (Transfusion) or those before (JanusFlow).
-        image_prediction: of ids: `"next"`, one after another; or `"masked"`, several at once (Show-o). An image in
-            front of its caption then has no masks.
+        image_prediction: of ids: `"next"`, one after another; `"masked"`, several at once (Show-o), where an image in
+            front of its caption has no masks; or `"scales"`, of a tokenizer of scales such as `MultiScaleVQ`, one scale
+            after another (VAR).
         mask_schedule: the law of the share that training masks of an image, m(t) at a uniform t, of `"masked"`
             prediction; the cosine by default.
         positions: how elements are counted, see `SegmentLayout`.
@@ -105,8 +112,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         softmax_over: in training: `"allowed"`, the ids that may stand in the place, which sampling draws from; or
             `"vocabulary"`, all (Chameleon).
         text_weight: of the ids of text in the mean.
-        image_weight: of those of the image; or of the mean error of its latents (Transfusion has 5), or of its masked
-            ids.
+        image_weight: of those of the image; or of the mean error of its latents (Transfusion has 5), of its masked
+            ids, or of those in scales.
         z_loss: weight of the mean squared logarithm of the softmax's denominator (Chameleon has 1e-5).
         null_text: what a dropped caption is: `"empty"`, or `"padding"` of its length (Janus).
         packed_length: elements of rows into which training packs samples; each has its row by default.
@@ -143,7 +150,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         image_first: float = 0.5,
         image_format: Literal["plain", "rows"] = "plain",
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
-        image_prediction: Literal["next", "masked"] = "next",
+        image_prediction: Literal["next", "masked", "scales"] = "next",
         mask_schedule: MaskSchedule | None = None,
         positions: PositionCount = "sequence",
         layout: SegmentLayout | None = None,
@@ -206,6 +213,9 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             if patch_size != 1:
                 raise ValueError(f"patch_size={patch_size} is of latents, this tokenizer makes ids")
             self.token_shape = tuple(tokenizer.token_shape(image_size))
+        scales = None
+        if image_prediction == "scales":
+            scales = scale_quantizer_of(tokenizer, reader="image_prediction='scales'")
         if vocabulary is not None:
             layout = published_layout(
                 vocabulary,
@@ -226,7 +236,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             self.text_length,
             grid=self.patches.grid if self.patches is not None else self.token_shape,
             codes=None if self.patches is not None else tokenizer.vocab_size,  # type: ignore[union-attr]
-            dim=None if self.patches is None else self.patches.dim,
+            dim=scales.dim if scales is not None else None if self.patches is None else self.patches.dim,
+            scales=() if scales is None else tuple(scales.lengths),
             interleaved=order == "both",
             rows=image_format == "rows",
             attention=image_attention,
@@ -247,10 +258,12 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             raise ValueError(
                 "image_prediction='masked' goes with a layout whose image has a mask_id, and with no other"
             )
+        if (scales is not None) != (self.image.codes is not None):
+            raise ValueError("image_prediction='scales' goes with a layout whose image has codes, and with no other")
         if mask_schedule is not None and self.image.mask_id is None:
             raise ValueError("mask_schedule is of image_prediction='masked'")
         self.mask_schedule = mask_schedule or CosineSchedule()
-        self.apart = self.patches is not None or self.image.mask_id is not None
+        self.apart = self.patches is not None or self.image.mask_id is not None or scales is not None
         self.packed_length = packed_length
         if packed_length is not None and packed_length < self.layout.length:
             raise ValueError(
@@ -265,6 +278,10 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         # Of the last step: rows, elements of each, and numbers that were predicted.
         self.step_shape: tuple[int, int, int] | None = None
         self.register_buffer("codes", torch.tensor(list(self.image.ids), dtype=torch.int64), persistent=False)
+
+    @property
+    def scale_quantizer(self) -> MultiScaleResidualQuantizer | None:
+        return None if self.image.codes is None else scale_quantizer_of(self.tokenizer)
 
     # Batches.
 
@@ -393,6 +410,9 @@ class Unified(TextAndImageSequences, OfWholeBatch):
                 masked=masked,
                 softmax_over=self.softmax_over,
             )
+        if self.image.codes is not None:
+            values, _ = scale_losses(self.backbone, sequence, hidden, name="image", ids=data.flatten(1))
+            losses["image"] = SegmentLosses(values.flatten(), torch.ones_like(values.flatten()), None)
         rows, elements = sequence.ids.shape
         self.step_shape = (rows, elements, sum(self._outputs(name, each) for name, each in losses.items()))
         return losses
@@ -400,6 +420,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
     def _outputs(self, name: str, losses: SegmentLosses) -> int:
         """Count the logits of a segment's losses, or the channels of its vectors."""
         segment, each = self.layout[name], len(losses.values)
+        if segment.codes is not None:
+            return each * segment.codes
         if segment.input_dim is not None:
             return each * segment.positions * segment.input_dim
         return each * (self.backbone.shared_ids if self.softmax_over == "vocabulary" else len(segment.allowed_ids))
@@ -438,7 +460,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         rows, elements, outputs = self.step_shape
         blocks = self.backbone.flops(elements, elements)
         # Most of what comes in needs no gradient.
-        before = self.backbone.input_flops(elements, self.patches is not None)
+        before = self.backbone.input_flops(elements, self.image.input_dim is not None)
         return rows * (3 * blocks + 2 * before) + 6 * self.backbone.width * outputs
 
     # Validation.
@@ -497,26 +519,30 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         Raises:
             ValueError: the likelihood of latents or of masked ids, or of a caption that stands in front of its image.
         """
-        if of not in ("image", "text") or (of == "image" and self.apart):
+        if of not in ("image", "text") or (of == "image" and self.apart and self.image.codes is None):
             raise ValueError(
-                f"of={of!r}: a likelihood is of 'image', where it has ids that are predicted one after another, or of "
-                "'text'"
+                f"of={of!r}: a likelihood is of 'image', where it has ids that are predicted one after another, or "
+                "scale by scale, or of 'text'"
             )
         if of == "text" and self.order != "both":
             raise ValueError("of='text' needs order='both': here the caption stands in front of the image")
         self.check_data(data)
         first = torch.full((len(data),), of == "text", device=data.device)
         sequence = self.sequences(data, captions, image_first=first if self.order == "both" else None)
+        hidden = self.backbone(sequence)
+        nats = torch.zeros(len(data), dtype=torch.float64, device=data.device)
+        if of == "image" and self.image.codes is not None:
+            values, owner = scale_losses(self.backbone, sequence, hidden, name=of, ids=data.flatten(1))
+            return Likelihood(nats.index_add(0, owner, -values.double().sum(dim=1)), "exact")
         owners: list[tuple[str, Tensor]] = []
         losses = id_losses(
             self.backbone,
             sequence,
-            self.backbone(sequence),
+            hidden,
             softmax_over="allowed",
             forbidden=self.grammar.forbidden_events((of,)) if of == "text" else None,
             owners=owners,
         )
-        nats = torch.zeros(len(data), dtype=torch.float64, device=data.device)
         owner = torch.cat([each for name, each in owners if name == of])
         return Likelihood(nats.index_add(0, owner, -losses[of].values.double()), "exact")
 
@@ -612,8 +638,11 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             random,
             segments=("image",),
             denoiser=self.denoiser,
+            quantizer=self.scale_quantizer,
         )
-        cost = drawn.costing(self.images_of(drawn.sequence))
+        in_scales = drawn.codes.get("image")
+        images = self.images_of(drawn.sequence) if in_scales is None else in_scales.view(-1, *self.token_shape)
+        cost = drawn.costing(images)
         calls, passes = (0, 0) if thinking is None else (thinking.network_calls, thinking.sequential_passes)
         return UnifiedOutput(
             tokens=cost.tokens,
@@ -702,7 +731,7 @@ def _check_settings(
     accepted = {
         "order": ("both", "text_first"),
         "image_format": ("plain", "rows"),
-        "image_prediction": ("next", "masked"),
+        "image_prediction": ("next", "masked", "scales"),
         "softmax_over": ("allowed", "vocabulary"),
         "null_text": ("empty", "padding"),
     }

@@ -7,10 +7,10 @@ different places of their sequences: each has its own length in the cache, and w
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from discrete_lit.backbones.segment_sequence import Columns, SegmentSequence, co
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.modules import at_least_float32, evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.core.synchronisation import checked_at_the_end, on_device
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
 from discrete_lit.diffusion.solvers import Euler, Solver
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import guide, guide_twice
 from discrete_lit.samplers.maskgit import masked_counts
-from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.samplers.sampler import SamplerOutput, ScaleQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,8 @@ class SegmentOutput:
     """Passes that follow one another."""
     count_flops: Callable[[], int]
     """Counts the floating-point operations of the network for each sample, when it is asked."""
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
+    """`(B, P + 1)` int64, the ids of all scales that were drawn last of a segment, by its name."""
 
     def costing(self, tokens: Tensor) -> SamplerOutput:
         """Give what a part of the sequence, such as its image `(B, ...)`, cost: all of it."""
@@ -178,6 +180,7 @@ class SegmentSampler:
         *,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None = None,
+        quantizer: ScaleQuantizer | None = None,
         stream: int = 0,
     ) -> SegmentOutput:
         """Draw behind prompts until their sequences leave the segments that are drawn, or end.
@@ -189,6 +192,7 @@ class SegmentSampler:
             random: one stream for each sequence; it alone decides what is drawn.
             segments: names of the segments that are drawn; others may not begin.
             denoiser: reads what the network says of vectors.
+            quantizer: makes the vectors of a scale of the ids of those before it.
             stream: of the random numbers of ids; two draws of one sequence need two.
 
         Raises:
@@ -213,6 +217,7 @@ class SegmentSampler:
                 random=random,
                 segments=segments,
                 denoiser=denoiser,
+                quantizer=quantizer,
                 stream=stream,
             )
             return draw.output()
@@ -221,6 +226,28 @@ class SegmentSampler:
 _PLAIN = DrawSettings()
 _ISLANDS = 16
 """The first step of the random numbers of masked ids; those before are streams of ids one after another."""
+_SCALES = 2**16
+"""The first step of the random numbers of ids in scales."""
+
+
+class _Run(NamedTuple):
+    """States that follow one another in all rows, and what the network reads with one element in each of them.
+
+    All of it is known before the first is drawn, and made for all of them at once: a pass over one element is short.
+    """
+
+    place: dict[int, int]
+    """Where each state stands in the run."""
+    states: Tensor
+    """`(B, n)` int64."""
+    of_contexts: Tensor
+    """`(R B, n)`, the same for every context."""
+    sample: Tensor
+    """`(R B, n)` zeros: each row has one sample."""
+    rotary: Tensor
+    """`(R B, 1, n, head_dim / 2, 2)`."""
+    then: Tensor
+    """`(R B, n)` where an element behind each begins."""
 
 
 class _Draw:
@@ -235,10 +262,12 @@ class _Draw:
         random: CounterRandom,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None,
+        quantizer: ScaleQuantizer | None,
         stream: int,
     ) -> None:
         self.sampler, self.network, self.grammar = sampler, network, network.grammar
-        self.layout, self.random, self.denoiser = network.layout, random, denoiser
+        self.layout, self.random, self.denoiser, self.quantizer = network.layout, random, denoiser, quantizer
+        self.codes: dict[str, Tensor] = {}
         self.contexts, self.batch = len(prompts), len(prompts[0])
         self.islands = 0
         # How many elements each pass read, and how many they attended to; and how many logits were made.
@@ -248,6 +277,9 @@ class _Draw:
         self.forbidden = self.grammar.forbidden_events(segments)
         self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length, stream)
         self.columns = Columns(self.grammar, self.batch, device=prompts[0].ids.device)
+        self.run: _Run | None = None
+        self.place = 0  # of the last element that was drawn, in the run
+        self._ids_of: dict[int, Tensor] = {}
         self._read(_stacked(prompts, self.grammar.done))
 
     def _read(self, prompts: SegmentSequence) -> None:
@@ -272,8 +304,10 @@ class _Draw:
         state, id = prompts.states[rows, last], prompts.ids[rows, last]
         self.states = grammar.advance(state, id)[: self.batch]
         self.remaining = self.layout.length - lengths[: self.batch]
-        self.done: Tensor = torch.zeros_like(self.remaining)  # elements drawn
-        # Drawn ids that the network has not read: ids and states (B,), and which rows have one, None for all.
+        # Elements drawn: of each row; and of all, while all stand in one state.
+        self.done: Tensor = torch.zeros_like(self.remaining)
+        self.count = 0
+        # Drawn ids that the network has not read: ids and states (B, 1), and which rows have one, None for all.
         self.pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def output(self) -> SegmentOutput:
@@ -281,6 +315,8 @@ class _Draw:
         state = first[0] if len(set(first)) == 1 else None
         while state is not None and self._is_drawn(state):  # all rows stand in one state
             state = self._step_together(state)
+        self.run = None
+        self.done, self.remaining = self.done + self.count, self.remaining - self.count
         if state is None:
             while self._step_apart():
                 pass
@@ -290,6 +326,7 @@ class _Draw:
             network_calls=self.contexts * passes,
             sequential_passes=passes,
             count_flops=self._flops,
+            codes=self.codes,
         )
 
     def _flops(self) -> int:
@@ -324,17 +361,44 @@ class _Draw:
         if grammar.following[state] is None:
             self.states = torch.full_like(self.states, state)
             return None
+        if self.run is None or state not in self.run.place:
+            self.run = self._run_from(state)
         segment, ids = grammar.sets[number]
         if len(ids) == 1:
             drawn = torch.full_like(self.remaining, ids[0])
         else:
             self._feed()
             name = self.layout.segments[segment].name
-            logits = self.network.logits(self.hidden, number).chunk(self.contexts)
+            logits = self.network.logits(self.hidden, number)
             self.logits += len(ids)
-            drawn = grammar.ids_of(number)[self._choose(name, logits)]
-        self._write(drawn, torch.full_like(drawn, state), None)
+            if number not in self._ids_of:
+                self._ids_of[number] = grammar.ids_of(number)
+            split = logits.chunk(self.contexts) if self.contexts > 1 else (logits,)
+            drawn = self._ids_of[number][self._choose(name, split, self.uniforms[:, self.count])]
+        # What was pending has been read, or is read together with this one.
+        self.place = self.run.place[state]
+        self._write(drawn[:, None], self.run.states[:, self.place : self.place + 1], None)
+        self.count += 1
         return grammar.following[state]
+
+    def _run_from(self, state: int) -> _Run:
+        """Prepare what is read from a state on, up to where ids decide what comes, or an island begins."""
+        grammar, run = self.grammar, [state]
+        while (then := grammar.following[run[-1]]) is not None and self._is_drawn(then) and not self._is_island(then):
+            run.append(then)
+        assert not self.pending, "what was drawn before stands in front of what is prepared"
+        states = on_device(torch.tensor, tuple(run), device=self.states.device).expand(self.batch, -1)
+        of_contexts = self._rows(states)
+        coordinates, behind = coordinates_of(grammar, of_contexts, origin=self.cache.origin)
+        return _Run(
+            place={each: number for number, each in enumerate(run)},
+            states=states,
+            of_contexts=of_contexts,
+            sample=torch.zeros_like(of_contexts),
+            # The last of them may stand behind the longest sequence, where nothing is read any more.
+            rotary=self.network.rotary_of(coordinates.clamp(max=self.layout.length)),
+            then=behind,
+        )
 
     # Rows in states of their own.
 
@@ -369,8 +433,10 @@ class _Draw:
             ]
             if any(rows):
                 mine = self._mask(rows)
-                drawn = torch.where(mine, self._choose(segment.name, logits, allowed | ~mine[:, None]), drawn)
-        self._write(drawn, self.states, where)
+                chosen = self._choose(segment.name, logits, self._uniforms_here(), allowed | ~mine[:, None])
+                drawn = torch.where(mine, chosen, drawn)
+        self._write(drawn[:, None], self.states[:, None], where)
+        self.done, self.remaining = self.done + where.long(), self.remaining - where.long()
         self.states = torch.where(where, grammar.advance(self.states, drawn), self.states)
         return True
 
@@ -379,7 +445,13 @@ class _Draw:
 
     # The draw.
 
-    def _choose(self, segment: str, logits: Sequence[Tensor], allowed: Tensor | None = None) -> Tensor:
+    def _uniforms_here(self) -> Tensor:
+        """Give the random number `(B,)` of each row's next id."""
+        return self.uniforms.gather(1, self.done.clamp(max=self.layout.length - 1)[:, None])[:, 0]
+
+    def _choose(
+        self, segment: str, logits: Sequence[Tensor], uniforms: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
         """Draw from guided logits `(B, K)`: `(B,)`."""
         settings = self.sampler.of(segment)
         guided = settings.guide(logits)
@@ -387,26 +459,35 @@ class _Draw:
             guided = guided.masked_fill(~allowed, -torch.inf)
         if settings.temperature != 1:
             guided = guided / settings.temperature
-        uniforms = self.uniforms.gather(1, self.done.clamp(max=self.layout.length - 1)[:, None])[:, 0]
         return draw_filtered(guided, uniforms, settings.top_k, settings.top_p)[0]
 
     def _write(self, ids: Tensor, states: Tensor, where: Tensor | None) -> None:
-        """Keep drawn ids `(B,)` of some rows; the network reads them when it is next asked."""
-        self.columns.append(ids[:, None], states[:, None], valid=None if where is None else where[:, None])
+        """Keep drawn ids `(B, 1)` of some rows; the network reads them when it is next asked."""
+        self.columns.append(ids, states, valid=None if where is None else where[:, None])
         self.pending.append((ids, states, where))
-        count = torch.ones_like(self.done) if where is None else where.long()
-        self.done, self.remaining = self.done + count, self.remaining - count
 
     def _feed(self) -> None:
         """Let the network read what it has not yet."""
         if not self.pending:
             return
-        ids = torch.stack([each for each, _, _ in self.pending], dim=1)
-        states = torch.stack([each for _, each, _ in self.pending], dim=1)
+        if self.run is not None and len(self.pending) == 1 and self.cache.even:
+            self._feed_one(self.run)
+            return
+        ids = torch.cat([each for each, _, _ in self.pending], dim=1)
+        states = torch.cat([each for _, each, _ in self.pending], dim=1)
         where, self.pending = self.pending[-1][2], []
         assert where is None or ids.shape[1] == 1
         hidden = self._pass(ids, states, where=where)[:, -1]
         self.hidden = hidden if where is None else torch.where(self._rows(where)[:, None], hidden, self.hidden)
+
+    def _feed_one(self, run: _Run) -> None:
+        """Let the network read the element that was drawn last, of a run."""
+        (ids, _, _), self.pending = self.pending[0], []
+        here = slice(self.place, self.place + 1)
+        sequence = SegmentSequence(ids=self._rows(ids), states=run.of_contexts[:, here], sample=run.sample[:, here])
+        self.made[1, self.cache.reach + 1] += 1
+        self.hidden = self.network(sequence, self.cache, rotary=run.rotary[:, :, here])[:, 0]
+        self.cache.advance(1, run.then[:, here])
 
     def _pass(
         self,
@@ -450,7 +531,10 @@ class _Draw:
         count = self.grammar.islands[state]
         states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
         ids, vectors = torch.zeros_like(states), {}
-        if self.layout[name].input_dim is not None:
+        read = self.layout[name].codes is not None
+        if read:
+            vectors = {name: self._grow(name, states, rows)}
+        elif self.layout[name].input_dim is not None:
             vectors = {name: self._solve(name, states)}
         else:
             ids = self._unmask(name, states)
@@ -459,12 +543,13 @@ class _Draw:
         self.columns.append(ids, states, valid=valid, vectors=vectors)
         then = self.grammar.following[state + count - 1]
         assert then is not None, "an island decides nothing"
-        if rows is not None or self._is_asked(then):
+        if not read and (rows is not None or self._is_asked(then)):
             hidden = self._pass(ids, states, vectors=vectors, where=rows)[:, -1]
             self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
-        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
-        self.done, self.remaining = self.done + added, self.remaining - added
-        if rows is not None:
+        if rows is None:
+            self.count += count
+        else:
+            self.done, self.remaining = self.done + count * rows.long(), self.remaining - count * rows.long()
             self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
         return then
 
@@ -499,6 +584,41 @@ class _Draw:
             ids = torch.where(masked, codes[chosen], ids).masked_fill(rank < still, segment.mask_id)
             whole, left = torch.cat((whole[:, :begin], ids, whole[:, begin + count :]), dim=1), still
         return whole
+
+    def _grow(self, name: str, states: Tensor, rows: Tensor | None) -> Tensor:
+        """Draw scale after scale, each given those before it (VAR): the vectors `(B, P, E)` that the network read."""
+        segment, quantizer, settings = self.layout[name], self.quantizer, self.sampler.of(name)
+        assert segment.codes is not None
+        lengths = [1, *segment.scales]
+        theirs = None if quantizer is None else (list(quantizer.lengths), quantizer.dim, quantizer.vocab_size)
+        if quantizer is None or theirs != (lengths, segment.input_dim, segment.codes):
+            raise ValueError(
+                f"segment {name!r} has scales of {lengths} ids, vectors of width {segment.input_dim} and "
+                f"{segment.codes} codes: give the quantizer that makes these; of the one given they are {theirs}"
+            )
+        uniforms = self.random.uniform(Purpose.TOKEN, sum(lengths), _SCALES + self.islands)
+        hidden, drawn, inputs, f_hat = self.hidden[:, None], [], [], 0.0
+        begin = 0
+        for number, places in enumerate(lengths):
+            if number:
+                # Positions begin with the second scale.
+                here = states[:, begin - 1 : begin - 1 + places]
+                hidden = self._pass(torch.zeros_like(here), here, vectors={name: inputs[-1]}, where=rows)
+            logits = self.network.predict_scales(hidden, segment=name).chunk(self.contexts)
+            self.logits += places * segment.codes
+            guided = settings.guide(logits) / settings.temperature
+            here = uniforms[:, begin : begin + places]
+            drawn.append(draw_filtered(guided, here, settings.top_k, settings.top_p)[0])
+            begin += places
+            if number + 1 < len(lengths):
+                with torch.autocast(states.device.type, enabled=False):
+                    f_hat = f_hat + quantizer.contribution(number, drawn[-1])
+                    inputs.append(quantizer.at_scale(number + 1, f_hat))
+        last, ids = hidden[:, -1], torch.cat(drawn, dim=1)
+        self.hidden = last if rows is None else torch.where(self._rows(rows)[:, None], last, self.hidden)
+        known = self.codes.get(name, ids)
+        self.codes[name] = ids if rows is None else torch.where(rows[:, None], ids, known)
+        return torch.cat(inputs, dim=1)
 
     def _solve(self, name: str, states: Tensor) -> Tensor:
         """Draw the vectors `(B, P, E)` of an island by the solver."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from discrete_lit.data.sources.emoji import Emoji, split_of
+from discrete_lit.data.sources.emoji import Emoji, combinations_of, split_of, words_of
 
 DATA = Path(__file__).parents[2] / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -169,3 +169,26 @@ def test_emoji_that_choices_are_made_on_are_neither_trained_nor_tested() -> None
         assert (split_of(name) == "test") == (split_of(name, 0.2) == "test") and split_of(name) != "validation"
     with pytest.raises(ValueError, match=r"validation_fraction is 1\.5"):
         Emoji("package", "train", validation_fraction=1.5)
+
+
+def test_names_that_are_held_out_are_made_of_words_of_other_names() -> None:
+    tones = ("light", "dark", "medium-light")
+    names = {
+        f"{who} {what}, {tone} skin tone"
+        for who in ("man", "woman")
+        for what in ("surfing", "bowing")
+        for tone in tones
+    }
+    keys = {f"{number}{form}": name for number, name in enumerate(sorted(names)) for form in ("", "-fe0f")}
+    keys |= {"tent": "tent", "yo": "yo-yo"}
+    held = combinations_of(keys, 0.5)
+    assert 4 <= len(held) <= 16 and len(held) % 2 == 0  # both forms of a name
+    left = {word for key, name in keys.items() if key not in held for word in words_of(name)}
+    assert {"tent", "yo"}.isdisjoint(held) and all(set(words_of(keys[key])) <= left for key in held)
+    # Not even of all names is one taken that has the last of a word.
+    held = combinations_of(keys, 0.99)
+    left = {word for key, name in keys.items() if key not in held for word in words_of(name)}
+    assert held and all(set(words_of(keys[key])) <= left for key in held)
+    assert not combinations_of(keys, 0.0)
+    with pytest.raises(ValueError, match=r"combinations_fraction is 1"):
+        Emoji("package", "train", combinations_fraction=1.0)
