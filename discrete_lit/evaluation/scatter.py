@@ -89,7 +89,7 @@ def _tick(value: float) -> str:
 
 
 def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
-    """Write the names beside their points, from the highest down, each moved down to where it covers no other."""
+    """Write the names beside their points, from the highest down, each moved to where it covers no other."""
     taken: list[tuple[float, float, float]] = []
     parts = []
     for number in sorted(range(len(names)), key=lambda number: places[number][::-1]):
@@ -98,11 +98,18 @@ def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list
             continue
         width = _LETTER * len(name)
         left = max(0.0, min(x + 7, _WIDTH - width))
-        baseline = y + 4
-        while any(abs(baseline - other) < _LINE and left < end and start < left + width for start, end, other in taken):
-            baseline += 1
+        # Down or up by as little as it takes to be free, within the axes.
+        moves = sorted(range(int(_TOP - y), int(_HEIGHT - _BOTTOM - y)), key=abs)
+        free = (
+            y + 4 + move
+            for move in moves
+            if not any(
+                abs(y + 4 + move - other) < _LINE and left < end and start < left + width for start, end, other in taken
+            )
+        )
+        baseline = next(free, y + 4)
         taken.append((left, left + width, baseline))
-        if baseline > y + _LINE:
+        if abs(baseline - y - 4) > _LINE:
             parts.append(
                 f'<path d="M{x:.1f} {y:.1f}L{left - 1:.1f} {baseline - 4:.1f}" stroke="{_OTHER}" stroke-width=".5"/>'
             )

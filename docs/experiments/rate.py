@@ -2,15 +2,16 @@
 
   python docs/experiments/rate.py
 
-BAR (Yu et al., 2026, https://arxiv.org/abs/2602.09024) claims that discrete tokenizers reconstruct worse than continuous
-ones because they are given fewer bits. Here both are given theirs on one axis. The rate of ids is their capacity
-L log2 V, and the entropy of one id times L; that of a KL-VAE is the divergence of its posterior from the standard normal
-law, which is what its latents cost when they are sent by that law (bits back; Hinton and van Camp, 1993), and bounds the
-information in them from above. It is the rate of sampled latents, so the reconstructions are of these.
+BAR (Yu et al., 2026, https://arxiv.org/abs/2602.09024) claims that discrete tokenizers reconstruct worse than
+continuous ones because they are given fewer bits. Here both are given theirs on one axis. The rate of ids is their
+capacity L log2 V, and the entropy of one id times L; that of a KL-VAE is the divergence of its posterior from the
+standard normal law, which is what its latents cost when they are sent by that law (bits back; Hinton and van Camp,
+1993), and bounds the information in them from above. It is the rate of sampled latents, so the reconstructions are of
+these.
 
-The quickstart's FSQ and KL tokenizers, and FSQ with further numbers of bits, have one network, batches and optimizer but
-for the bottleneck; LFQ's and the multi-scale tokenizer are of `make comparison` too. Distances are of 1,000 test images
-to themselves. Needs the tokenizers of `make comparison` and matplotlib; finished trainings are kept.
+The quickstart's FSQ and KL tokenizers, and FSQ with further numbers of bits, have one network, batches and optimizer
+but for the bottleneck; LFQ's and the multi-scale tokenizer are of `make comparison` too. Distances are of 1,000 test
+images to themselves. Needs the tokenizers of `make comparison` and matplotlib; finished trainings are kept.
 """
 
 import argparse
