@@ -119,7 +119,7 @@ def draw_figure(points: list[Point], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", nargs="+", default=["8,8,8,8", "8,8,8,8,8"], help="of further FSQ tokenizers")
+    parser.add_argument("--levels", nargs="*", default=["8,8,8,8", "8,8,8,8,8"], help="of further FSQ tokenizers")
     parser.add_argument("--batches", type=int, default=1900, help="of training of these")
     parser.add_argument("--images", type=int, default=1000, help="of the test split, a multiple of 100")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments/rate"), help="folder of the trainings")
@@ -145,7 +145,7 @@ def main() -> None:
     lines = [
         "# Do bits explain the gap between discrete and continuous?",
         "",
-        f"`python docs/experiments/rate.py --levels {' '.join(given.levels)} --batches {given.batches} --images "
+        f"`python docs/experiments/rate.py --levels {' '.join([*given.levels, '--batches'])} {given.batches} --images "
         f"{given.images}`, {stamp()}, {processor_minutes():.0f} minutes of processor. One training seed; "
         f"{given.images:,} test images (grey, 32x32) and their reconstructions.",
         "",
