@@ -17,7 +17,7 @@ PAGE_STYLE = (
 )
 """Style of a page with a table and figures, in the browser's light or dark setting and on a phone's width."""
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 560, 360, 60, 45, 20, 150
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 340, 60, 45, 20, 140
 _LINE, _LETTER = 12.0, 5.8  # pixels of a line of text, and of a letter in the mean
 _MARK, _OTHER = "#3b82c4", "#8a8a8a"
 

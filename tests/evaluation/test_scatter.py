@@ -23,7 +23,7 @@ def test_names_cover_no_other(length: int) -> None:
     boxes = [(float(t.get("x", 0)), float(t.get("y", 0)), 5.8 * len(t.text or "")) for t in texts]
     for (x, y, width), (other_x, other_y, other_width) in combinations(boxes, 2):
         assert abs(y - other_y) > 11.8 or x + width <= other_x or other_x + other_width <= x
-    assert all(x >= 0 and x + width <= 560.1 and 15 < y < 320 for x, y, width in boxes)
+    assert all(x >= 0 and x + width <= 520.1 and 15 < y < 300 for x, y, width in boxes)
 
 
 def test_the_front_is_a_line_and_the_others_are_grey() -> None:
