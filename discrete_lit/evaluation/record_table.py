@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import isfinite, log10, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import atomic_write_text
+from discrete_lit.evaluation.scatter import PAGE_STYLE, scatter
 from discrete_lit.evaluation.seed_spread import Difference, Spread, compare_means, spread_of
 
 # Where these differ, two numbers of one metric are of two protocols.
@@ -317,12 +318,9 @@ class RecordTable:
         )
         facts = "".join(f"<li>{html.escape(fact)}</li>\n" for fact in self.facts())
         return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison</title>\n<style>'
-            "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}"
-            "table{border-collapse:collapse}th,td{padding:.2em .6em;text-align:right;border-bottom:1px solid #ccc}"
-            "th:first-child,td:first-child{text-align:left}figure{display:inline-block;margin:1em}"
-            "svg{font:11px system-ui,sans-serif}</style></head>\n<body><h1>Comparison</h1>\n"
-            f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n<ul>{facts}</ul>\n{figures}"
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison</title>\n'
+            f"{PAGE_STYLE}</head>\n<body><h1>Comparison</h1>\n<div>"
+            f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n<ul>{facts}</ul>\n{figures}"
             "</body></html>\n"
         )
 
@@ -400,53 +398,3 @@ def _perturbation(record: dict[str, Any]) -> str:
 def _number(value: float) -> str:
     """Write a distance with as many digits as say something."""
     return f"{value:,.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
-
-
-def scatter(points: Sequence[tuple[str, float, float, float]], *, x_name: str, y_name: str, logarithmic: bool) -> str:
-    """Draw points as an SVG figure of HTML.
-
-    Args:
-        points: name, x, y, and deviation of y of each.
-        x_name: of the axis.
-        y_name: of the other.
-        logarithmic: whether x, above 0, is.
-    """
-    width, height, left, bottom, top, right = 520, 340, 60, 45, 20, 130
-    xs = [log10(x) if logarithmic else x for _, x, _, _ in points]
-    lows, highs = [y - d for _, _, y, d in points], [y + d for _, _, y, d in points]
-
-    def scale(values: Sequence[float], low: float, high: float) -> tuple[float, float, Callable[[float], float]]:
-        first, last = min(values), max(values)
-        margin = 0.08 * (last - first) or 0.5 * abs(first) or 0.5
-        first, last = first - margin, last + margin
-        return first, last, lambda value: low + (value - first) / (last - first) * (high - low)
-
-    x_first, x_last, x_of = scale(xs, left, width - right)
-    y_first, y_last, y_of = scale([*lows, *highs], height - bottom, top)
-    parts = [
-        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-        f"<title>{html.escape(y_name)} against {html.escape(x_name)}</title>",
-        f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#555"/>',
-    ]
-    for step in range(5):
-        x, y = (first + (last - first) * step / 4 for first, last in ((x_first, x_last), (y_first, y_last)))
-        shown = 10**x if logarithmic else x
-        parts.append(
-            f'<text x="{x_of(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{shown:,.4g}</text>'
-            f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:,.4g}</text>'
-        )
-    for (name, _, y, deviation), place in zip(points, xs, strict=True):
-        assert isfinite(place) and isfinite(y)
-        at = f"{x_of(place):.1f}"
-        if deviation:
-            parts.append(f'<path d="M{at} {y_of(y - deviation):.1f}V{y_of(y + deviation):.1f}" stroke="#1668b8"/>')
-        parts.append(
-            f'<circle cx="{at}" cy="{y_of(y):.1f}" r="4" fill="#1668b8"/>'
-            f'<text x="{x_of(place) + 7:.1f}" y="{y_of(y) + 4:.1f}">{html.escape(name)}</text>'
-        )
-    unit = f"{x_name} (logarithmic)" if logarithmic else x_name
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{html.escape(unit)}</text>'
-        f'<text x="{left}" y="{top - 8}">{html.escape(y_name)}</text></svg></figure>\n'
-    )
-    return "".join(parts)

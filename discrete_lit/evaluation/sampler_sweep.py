@@ -11,7 +11,7 @@ from math import sqrt
 from typing import Any
 
 from discrete_lit.core.provenance import describe
-from discrete_lit.evaluation.record_table import scatter
+from discrete_lit.evaluation.scatter import PAGE_STYLE, scatter
 
 Settings = dict[str, Any]
 """Name of each setting of a sampler that is swept to its value; a dot leads into an object, as in `solver.steps`."""
@@ -180,14 +180,16 @@ def sweep_page(points: Sequence[SweepPoint], metric: str, fact: str) -> str:
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>\n" for line in lines)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     front = pareto_front(points)
+    on_front = [number for number, point in enumerate(points) if point in front]
     named = [
         (point.name if point in front else "", float(point.network_calls), point.distance, 0.0) for point in points
     ]
-    figure = scatter(named, x_name="network calls", y_name=metric, logarithmic=True)
+    figure = scatter(named, x_name="network calls", y_name=metric, logarithmic=True, front=on_front)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Sweep</title></head>\n'
-        f"<body><h1>Sweep</h1>\n<p>{html.escape(fact)}</p>\n{figure}"
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Sweep</title>\n{PAGE_STYLE}</head>\n'
+        f"<body><h1>Sweep</h1>\n<p>{html.escape(fact)}</p>\n{figure}<p>The line joins the settings that no other one "
+        "beats in distance and network calls; the others are grey.</p>\n"
+        f"<div><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div></body></html>\n"
     )
 
 

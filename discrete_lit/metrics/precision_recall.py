@@ -82,6 +82,26 @@ class Manifold:
             counts += copies.double() @ self._covers(rows).double()
         return counts.long()[self._centre_of]
 
+    def holds(self, rows: Tensor, squared_radii: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which balls of other features hold the features of the set, and which balls of the set hold the others.
+
+        Args:
+            rows: other features without repeats, `(b, D)` float64.
+            squared_radii: of their balls, `(b,)`.
+
+        Returns:
+            Both bool `(b, n)`, over the n features of the set without their repeats.
+        """
+        squares, rounding = self._squared_distances(rows, self._centres)
+        own, others = self._squared_radii, squared_radii[:, None]
+        at_border = ((squares - own).abs() <= rounding).logical_or_((squares - others).abs() <= rounding)
+        _refine(squares, rows, self._centres, at_border)
+        return squares <= others, squares <= own
+
+    def share_of(self, chosen: Tensor) -> float:
+        """Give the fraction of the features, in [0, 1], that some of them are, chosen without their repeats."""
+        return float(chosen[self._centre_of].double().mean())
+
     def _covers(self, rows: Tensor) -> Tensor:
         """Tell which balls, of the features without their repeats, hold each of some features: bool `(b, centres)`."""
         squares, rounding = self._squared_distances(rows, self._centres)
@@ -127,13 +147,19 @@ def precision_and_recall(samples: Tensor, reference: Manifold) -> tuple[float, f
     """Compute precision and recall of samples `(m, D)`, both in [0, 1] and with the reference's k (eq. 2).
 
     Precision is the fraction of the samples that the reference covers, recall the fraction of the reference that the
-    samples cover.
+    samples cover. The distances between the two sets are computed once for both.
 
     Raises:
         ValueError: not more samples than k.
     """
     covering = Manifold(samples, reference.neighbours, device=reference.features.device)
-    return reference.fraction_covered(samples), covering.fraction_covered(reference.features)
+    covered, covers = [], torch.zeros(len(reference._centres), dtype=torch.bool, device=covering.features.device)
+    blocks = (_blocks(of_samples, reference._centres) for of_samples in (covering._centres, covering._squared_radii))
+    for rows, radii in zip(*blocks, strict=True):
+        of_rows, of_columns = reference.holds(rows, radii)
+        covered.append(of_columns.any(dim=1))
+        covers |= of_rows.any(dim=0)
+    return covering.share_of(torch.cat(covered)), reference.share_of(covers)
 
 
 def density_and_coverage(samples: Tensor, reference: Manifold) -> tuple[float, float]:

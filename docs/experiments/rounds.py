@@ -6,8 +6,9 @@ One transformer with random weights, whose cost does not depend on them, draws N
 sizes and without guidance: next-token prediction with a key-value cache, the same with a pass over the whole prefix for
 each id, and MaskGIT in ten rounds. Operations are those of the network for one image, as the samplers report them.
 
-Seconds are of whole draws, the arms in turns, the median of the rounds. Without a cache they are not of whole draws:
-passes over nine prefixes from 0 to N - 1 ids are timed, and summed by the trapezoidal rule. Needs matplotlib.
+Seconds are those of one thread's processor, of whole draws, the arms in turns, the median of the repeats. Without a
+cache they are not of whole draws: passes over nine prefixes from 0 to N - 1 ids are timed, and summed by the
+trapezoidal rule. Needs matplotlib.
 """
 
 import argparse
@@ -49,9 +50,10 @@ def network(length: int, attention: str) -> Transformer:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    """Seconds of the one thread's processor, which other work on the machine does not lengthen by making it wait."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def uncached_flops(backbone: Transformer, length: int) -> int:
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of the arms")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     found = {
         (length, batch): measure(length, batch, given.rounds, given.repeats)
         for length in given.lengths
@@ -170,6 +173,7 @@ def main() -> None:
     picture = given.page.with_suffix(".png")
     draw_figure(found, picture)
     command = f"python docs/experiments/rounds.py {_options(given.lengths, given.batches)} --rounds {given.rounds}"
+    command += f" --repeats {given.repeats}"
     machine = f"{stamp()}, {processor_minutes():.0f} minutes of processor"
     lines = page(found, given.rounds, command, machine)
     given.page.write_text("\n".join([*lines, "", f"![]({picture.name})", ""]))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.evaluation import advice
 from discrete_lit.evaluation.advice import Budget, advise, evidence_of, read_facts, suitable, table_of, whole_model
-from discrete_lit.evaluation.draw_cost import count_draw, most_held
+from discrete_lit.evaluation.draw_cost import count_draw, most_held, time_draw
 from discrete_lit.evaluation.machine_speed import MachineSpeed, measure_speed
 from discrete_lit.generators import NextScale
 
@@ -139,6 +140,44 @@ def test_costs_that_were_measured_are_those_that_are_predicted() -> None:
         assert cost.sequential_passes == recipe.measured["sequential passes"]
         assert cost.network_calls == recipe.measured["network calls"]
         assert round(cost.flops / 1e9, 2) == recipe.measured["GFLOPs/image"]
+
+
+def processor_seconds(run) -> float:
+    """The least processor time of three runs behind one that warms up: other work on the machine does not count."""
+    times = []
+    for _ in range(4):
+        begin = time.process_time()
+        run()
+        times.append(time.process_time() - begin)
+    return min(times[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["autoregressive on FSQ", "masked on FSQ", "next-scale on multi-scale VQ", "DiT on KL latents"]
+)
+def test_images_a_second_that_are_predicted_are_those_of_the_whole_network(name: str) -> None:
+    """Predicted from one and three blocks, measured with all: in turns, on one thread."""
+    model, batch = whole_model(next(each for each in RECIPES if each.name == name), CONFIGS), 8
+    generator = instantiate(model).eval()
+    images = torch.arange(batch)
+
+    def draw() -> None:
+        with torch.inference_mode():
+            generator.tokenizer.decode(
+                generator.draw(images % generator.num_classes, CounterRandom(0, images), None).tokens
+            )
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ratios = [
+            time_draw(model, batch_size=batch, clock=processor_seconds) / (processor_seconds(draw) / batch)
+            for _ in range(3)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(ratios)[1] == pytest.approx(1, abs=0.2)
 
 
 @pytest.fixture
