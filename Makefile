@@ -233,7 +233,6 @@ $(SUMS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finish
 $(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
 	$(LIT) sample --config $(DIGITS_CONFIGS)/sample_sums.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
 
-<<<<<<< HEAD
 quickstart-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/evaluation/report.md ## a codec of speech, and two digits said from a text
 	$(BIN)/python docs/experiments/audio.py --output $(AUDIO)
 	@echo
@@ -280,7 +279,7 @@ $(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/va
 $(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished
 	$(LIT) sample --config $(AUDIO_CONFIGS)/sample.yaml
 
-=======
+
 # The emoji and their names, drawn and read by one model.
 TOLD := runs/quickstart_emoji
 TOLD_CONFIGS := lightning_configs/quickstart_emoji
@@ -301,7 +300,6 @@ $(TOLD)/transfusion/finished: $(TOLD)/words.json $(TOLD)/shards/combinations/man
 	$(LIT) fit --config $(TOLD_CONFIGS)/transfusion.yaml --ckpt_path last
 	@touch $@
 
->>>>>>> unified17
 # The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all
 # along, so the speeds in the table are of half of them.
