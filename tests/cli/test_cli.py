@@ -184,6 +184,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "evaluate_audio": ({"num_clips": 2}, "num_clips", 7),
     "evaluate_clips": ({"num_clips": 2}, "num_clips", 7),
     "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
