@@ -111,9 +111,9 @@ class I3DNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv3d_1a_7x7 = _Unit(3, 64, 7, stride=2)
-        self.Conv3d_2b_1x1 = _Unit(64, 64, 1)
-        self.Conv3d_2c_3x3 = _Unit(64, 192, 3)
+        self.Conv3d_1a_7x7 = _Unit(3, 64, kernel=7, stride=2)
+        self.Conv3d_2b_1x1 = _Unit(64, 64, kernel=1)
+        self.Conv3d_2c_3x3 = _Unit(64, 192, kernel=3)
         width = 192
         for name, channels in _BLOCKS.items():
             self.add_module(name, _InceptionBlock(width, channels))
@@ -136,7 +136,7 @@ class I3DNetwork(nn.Module):
 class _Unit(nn.Module):
     """Convolution with TensorFlow's "same" padding, BatchNorm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, bias=False)
         self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
@@ -150,10 +150,10 @@ class _InceptionBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
         super().__init__()
-        self.b0 = _Unit(in_channels, channels[0], 1)
-        self.b1a, self.b1b = _Unit(in_channels, channels[1], 1), _Unit(channels[1], channels[2], 3)
-        self.b2a, self.b2b = _Unit(in_channels, channels[3], 1), _Unit(channels[3], channels[4], 3)
-        self.b3b = _Unit(in_channels, channels[5], 1)
+        self.b0 = _Unit(in_channels, channels[0], kernel=1)
+        self.b1a, self.b1b = _Unit(in_channels, channels[1], kernel=1), _Unit(channels[1], channels[2], kernel=3)
+        self.b2a, self.b2b = _Unit(in_channels, channels[3], kernel=1), _Unit(channels[3], channels[4], kernel=3)
+        self.b3b = _Unit(in_channels, channels[5], kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = _maximum(x, (3, 3, 3), (1, 1, 1))
