@@ -31,7 +31,7 @@ FUNCTION_COMMANDS = {
     "caption": "write the captions of images by a generator of text and image",
     "evaluate": "compare samples with a reference set",
     "evaluate_audio": "compare audio clips with real ones: codecs, samples",
-    "evaluate_clips": "compare clips with real ones: reconstructions, continuations, samples",
+    "evaluate_video": "compare clips with real ones: reconstructions, continuations, samples",
     "retrieval": "measure how well samples show their prompts, by CLIP",
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
@@ -44,7 +44,7 @@ FUNCTION_COMMANDS = {
     "recipes": "list the recipes that come with the package, or print one",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
-_FILLING = ("tokenize", "sample", "evaluate", "evaluate_audio", "evaluate_clips", "compare", "sweep")
+_FILLING = ("tokenize", "sample", "evaluate", "evaluate_audio", "evaluate_video", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
 _IN_FRONT = {"caption": "--images", "models": "--name", "recipes": "--name"}

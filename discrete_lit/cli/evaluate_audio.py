@@ -1,6 +1,5 @@
 """`discrete-lit evaluate_audio`: sets of audio clips against real ones, to a report."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.clip_sets import check_splits, count_clips, real_clips, write_report
 from discrete_lit.cli.devices import make_fabric
-from discrete_lit.core.files import Npz, atomic_write_text, file_sha256
+from discrete_lit.core.files import Npz, file_sha256
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.audio_clips import AudioClips
-from discrete_lit.data.loaders import EvaluationLoader
+from discrete_lit.data.data_module import Split
 from discrete_lit.metrics.audio_features import AudioFeatures, MelStatistics
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, compare
 from discrete_lit.metrics.spectral import SISNR, SpectralDistance
@@ -56,13 +56,9 @@ def evaluate_audio(
     """
     if not (samples or reconstructions):
         raise ValueError("there is nothing to measure: give samples or reconstructions")
-    for split in ("train", "validation"):
-        if not data.has_split(split):
-            raise ValueError(f"data has no {split} split: set data.init_args.{split}")
-    available = data.evaluation_source("validation", 0, 1).samples
-    if num_clips is not None and not 2 <= num_clips <= available:
-        raise ValueError(f"num_clips={num_clips} must lie between 2 and the {available:,} clips that there are")
-    count = num_clips or available
+    check_splits(data)
+    count = count_clips(data, "validation", asked=num_clips, setting="num_clips", least=2)
+    of_reference = count_clips(data, "train", asked=None, setting="num_reference", least=2)
     device = make_fabric(accelerator).device
     features = (extractor or MelStatistics(data.sample_rate)).to(device)
     if features.sample_rate != data.sample_rate:
@@ -75,21 +71,20 @@ def evaluate_audio(
     if set(drawn) & set(codecs):
         raise ValueError(f"two rows of the table have the same name: {', '.join(sorted(set(drawn) & set(codecs)))}")
 
-    reference = _moments(features, (clips.to(device) for clips in _real(data, "train", None)))
+    reference = _moments(features, _clips(data, "train", of_reference, device=device))
     place = str(data.locations["train"])
     rows: list[dict[str, Any]] = []
 
     def add(name: str, moments: Moments, **figures: float) -> None:
         rows.append({"name": name, **asdict(compare(features, moments, reference, place)), **figures})
 
-    add("real clips", _moments(features, (clips.to(device) for clips in _real(data, "validation", count))))
+    add("real clips", _moments(features, _clips(data, "validation", count, device=device)))
     for name, codec in codecs.items():
         for books in range(1, codec.depth + 1):
             ratio = SISNR().to(device)
             distance = SpectralDistance(data.sample_rate, windows=_windows(data.image_size[0])).to(device)
             sums = FeatureMoments(features)
-            for clips in _real(data, "validation", count):
-                clips = clips.to(device)
+            for clips in _clips(data, "validation", count, device=device):
                 made = codec.reconstruct_by(clips, books)
                 ratio.update(made, clips)
                 distance.update(made, clips)
@@ -109,11 +104,7 @@ def evaluate_audio(
         "files": {name: file_sha256(path) for name, path in files.items()},
         **environment(device),
     }
-    folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / "report.md", table + "\n")
-    print(f"{table}\nReport: {folder / 'report.md'} and report.json")
+    write_report(output, report, table)
     return report
 
 
@@ -141,15 +132,8 @@ def _moments(features: AudioFeatures, batches: Iterator[Tensor]) -> Moments:
     return sums.compute()
 
 
-def _real(data: AudioClips, split: str, count: int | None) -> Iterator[Tensor]:
-    """Read the first clips of a split, none of which may be broken, `(B, C, T)`; all of them by default."""
-    loader: EvaluationLoader = data.evaluation_loader(split, 0, 1, max_bad_fraction=0.0)  # type: ignore[arg-type]
-    for batch in loader:
-        clips = batch["audio"][:count]
-        yield clips
-        count = None if count is None else count - len(clips)
-        if count == 0:
-            return
+def _clips(data: AudioClips, split: Split, count: int, *, device: torch.device) -> Iterator[Tensor]:
+    return (batch["audio"].to(device) for batch in real_clips(data, split, count))
 
 
 def _drawn(name: str, path: str, data: AudioClips, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of sets of clips beside real ones, and their table: for `discrete-lit evaluate_clips`.
+"""Measures of sets of clips beside real ones, and their table: for `discrete-lit evaluate_video`.
 
 A set is one of four kinds. *Real* clips that the reference does not hold are the floor of the distances.
 *Reconstructions* of them by a tokenizer, and *continuations* of their first frames, are compared with them frame by

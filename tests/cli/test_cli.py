@@ -68,7 +68,7 @@ OPTIONS = {
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
     "evaluate_audio": {"config", "data", "output", "num_clips", "samples", "reconstructions", "extractor"}
     | {"accelerator"},
-    "evaluate_clips": {"config", "data", "output", "num_clips", "num_reference", "samples", "reconstructions"}
+    "evaluate_video": {"config", "data", "output", "num_clips", "num_reference", "samples", "reconstructions"}
     | {"continuations", "extractor", "i3d_weights", "classifier", "lpips_weights", "accelerator"},
     "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
@@ -185,7 +185,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
     "evaluate_audio": ({"num_clips": 2}, "num_clips", 7),
-    "evaluate_clips": ({"num_clips": 2}, "num_clips", 7),
+    "evaluate_video": ({"num_clips": 2}, "num_clips", 7),
     "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),

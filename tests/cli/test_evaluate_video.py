@@ -1,4 +1,4 @@
-"""`discrete-lit evaluate_clips`: reconstructions, continuations and samples beside real clips, and what is refused."""
+"""`discrete-lit evaluate_video`: reconstructions, continuations and samples beside real clips, and what is refused."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def evaluate(made: dict[str, Path], output: Path, **changes: Any) -> dict[str, A
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.yaml").write_text(yaml.safe_dump(settings))
-    main(["evaluate_clips", "--config", str(output / "settings.yaml")])
+    main(["evaluate_video", "--config", str(output / "settings.yaml")])
     return json.loads((output / "report.json").read_text())
 
 

@@ -1,6 +1,5 @@
-"""`discrete-lit evaluate_clips`: sets of clips against real ones, to a report."""
+"""`discrete-lit evaluate_video`: sets of clips against real ones, to a report."""
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.clip_sets import check_splits, count_clips, real_clips, write_report
 from discrete_lit.cli.devices import make_fabric
-from discrete_lit.core.files import Npz, atomic_write_text, file_sha256
+from discrete_lit.core.files import Npz, file_sha256
 from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.core.provenance import environment
-from discrete_lit.data.loaders import EvaluationLoader
+from discrete_lit.data.data_module import Split
 from discrete_lit.data.video_clips import VideoClips
 from discrete_lit.evaluation.classifier import ImageClassifier, load_classifier
 from discrete_lit.evaluation.clip_measures import ClipFeatureSource, ClipInstruments, ClipMeter, markdown
@@ -27,7 +27,7 @@ from discrete_lit.tokenizers import Tokenizer, freeze
 from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
 
-def evaluate_clips(
+def evaluate_video(
     data: VideoClips,
     output: str,
     *,
@@ -73,13 +73,11 @@ def evaluate_clips(
     """
     if not (samples or reconstructions or continuations):
         raise ValueError("there is nothing to measure: give samples, reconstructions or continuations")
-    for split in ("train", "validation"):
-        if not data.has_split(split):
-            raise ValueError(f"data has no {split} split: set data.init_args.{split}")
+    check_splits(data)
     if i3d_weights is not None and data.image_size[0] < LEAST_FRAMES:
         raise ValueError(f"i3d_weights need clips of at least {LEAST_FRAMES} frames, these have {data.image_size[0]}")
-    count = _count("num_clips", num_clips, data.evaluation_source("validation", 0, 1).samples)
-    of_reference = _count("num_reference", num_reference, data.evaluation_source("train", 0, 1).samples)
+    count = count_clips(data, "validation", asked=num_clips, setting="num_clips")
+    of_reference = count_clips(data, "train", asked=num_reference, setting="num_reference")
     device = make_fabric(accelerator).device
     of_files = {**(samples or {}), **(continuations or {})}
     drawn = {name: ClipFile(path, name, data=data, count=count) for name, path in of_files.items()}
@@ -148,30 +146,14 @@ def evaluate_clips(
         },
         **environment(device),
     }
-    folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / "report.md", table + "\n")
-    print(f"{table}\nReport: {folder / 'report.md'} and report.json")
+    write_report(output, report, table)
     return report
 
 
-def _count(setting: str, asked: int | None, available: int) -> int:
-    if asked is not None and not 1 <= asked <= available:
-        raise ValueError(f"{setting}={asked} must lie between 1 and the {available:,} clips that there are")
-    return available if asked is None else asked
-
-
-def _real(data: VideoClips, split: str, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Read the first clips of a split, none of which may be broken: uint8 `(B, C, T, H, W)` and labels `(B,)`."""
-    loader: EvaluationLoader = data.evaluation_loader(split, 0, 1, max_bad_fraction=0.0)  # type: ignore[arg-type]
-    left = count
-    for batch in loader:
-        clips = to_uint8(batch["video"])[:left]
-        yield clips, batch["label"][: len(clips)] if data.num_classes else None
-        left -= len(clips)
-        if not left:
-            return
+def _real(data: VideoClips, split: Split, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Read the first clips of a split: uint8 `(B, C, T, H, W)` and labels `(B,)`."""
+    for batch in real_clips(data, split, count):
+        yield to_uint8(batch["video"]), batch["label"] if data.num_classes else None
 
 
 class ClipFile:
