@@ -359,6 +359,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "DimensionwiseMasked": {"image_size": 8, "num_classes": 2, "check_scale": False, "levels": 4},
     "DisCon": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "HybridNextScale": {"image_size": 8, "num_classes": 2, "check_scale": False, "least_kept": 4},
+    "ContinuousNextScale": {
+        "image_size": 8,
+        "num_classes": 2,
+        "check_scale": False,
+        "scales": [1, 4],
+        "deviations": [0.5, 1.0],
+    },
     "ScaleTransformer": {**SMALL_TRANSFORMER, "mlp_hidden": 16},
     "HybridScaleSampler": {"top_k": 8},
     "TokenDiffusionDecoder": {"image_size": 8, "check_scale": False},

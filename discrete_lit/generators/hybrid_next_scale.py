@@ -338,11 +338,11 @@ class ContinuousNextScale(LatentGenerator):
         backbone: called with the layout of the scales.
         head: called with D and the width of the hidden states.
         scales: in growing order, from 1 to the latents' grid: sides of squares, or `[height, width]` each.
-        deviations: of the vectors of each scale, which are divided by it; 1 by default. `VectorPyramid.deviations`
-            measures them.
+        deviations: of the vectors of each scale, which are divided by it; 1 by default. A first batch that has others
+            is refused with those that it has.
         sampler: how `sample` draws where nothing else is asked for; `HybridScaleSampler()` by default.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
-            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`, which looks at the vectors of each scale too; `label_dropout`,
+            `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: scales that do not end at the latents' grid, or a setting out of its range.
@@ -382,6 +382,22 @@ class ContinuousNextScale(LatentGenerator):
         solver = self.sampler.solver or self.head.solver
         solver.times(self.head.denoiser.path)  # refuses what the path does not have
         self.register_buffer("scale_coordinates", _middles(self.lengths), persistent=False)
+
+    def check_scale(self, latents: Tensor) -> None:
+        """Raise a ValueError where the first batch has another deviation than about 1, or its vectors of a scale have
+        another than about that scale's of `deviations`, which the head's noise takes for granted."""
+        if not self._unchecked:
+            return
+        super().check_scale(latents)
+        found, given = self.pyramid.deviations(at_least_float32(latents)), self.pyramid.scale_deviations
+        if any(scale_complaint(own / taken) for own, taken in zip(found, given, strict=True)):
+            self._unchecked = True
+            taken = ", ".join(f"{value:.3g}" for value in found)
+            raise ValueError(
+                f"the vectors of the first batch have the deviations [{taken}] at the {len(found)} scales, and "
+                f"model.init_args.deviations is {given}: they must be about the same. Are the latents of another "
+                f"normalisation than the tokenizer's? If not, set deviations to [{taken}]"
+            )
 
     def losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> LatentLosses:
         with torch.no_grad(), torch.autocast(data.device.type, enabled=False):

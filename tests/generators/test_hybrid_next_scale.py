@@ -1,5 +1,6 @@
 """HART and scales of vectors: exact laws and bounds, what the head is given, draws that belong to their index."""
 
+import re
 from itertools import permutations
 from math import log
 from typing import Any
@@ -433,6 +434,23 @@ def test_vectors_are_trained() -> None:
     made.loss(latents, labels, dropped=torch.arange(5) == 0)[0].backward()
     still = [name for name, value in made.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0]
     assert not still
+
+
+def test_a_first_batch_with_other_deviations_is_refused_with_its_own() -> None:
+    latents = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    random = CounterRandom(0, torch.arange(64))
+    found = VectorPyramid([1, 2, 4]).deviations(latents)
+    assert found[0] < 0.5  # the mean of 16 numbers
+    refused = continuous(check_scale=True)
+    named = re.escape(", ".join(f"{value:.3g}" for value in found))
+    for _ in range(2):  # the second time too
+        with pytest.raises(ValueError, match=rf"have the deviations \[{named}\] at the 3 scales"):
+            refused.data_of({"latents": latents}, random)
+    with pytest.raises(ValueError, match="unit deviation"):
+        continuous(check_scale=True, deviations=found).data_of({"latents": 4.3 * latents}, random)
+    taken = continuous(check_scale=True, deviations=found)
+    assert taken.data_of({"latents": latents}, random) is latents
+    taken.data_of({"latents": 4.3 * latents}, random)  # the first batch alone
 
 
 def test_bad_input_of_scales_of_vectors() -> None:
