@@ -27,10 +27,10 @@ NAMES = (
     (r"encoder_proj_layer_norm", "text_norm"),
     (r"encoder_proj", "text_embedding"),
     (r"cond_embed\.linear_(\d)", lambda found: f"pooled_embedding.{2 * int(found[1]) - 2}"),
-    (r"down_block\.downsample\.conv", "half"),
-    (r"down_block\.downsample\.norm", "half_norm"),
-    (r"up_block\.upsample\.conv", "double"),
-    (r"up_block\.upsample\.norm", "double_norm"),
+    (r"down_block\.downsample\.conv", "halving"),
+    (r"down_block\.downsample\.norm", "halving_norm"),
+    (r"up_block\.upsample\.conv", "doubling"),
+    (r"up_block\.upsample\.norm", "doubling_norm"),
     (r"down_block", "before"),
     (r"up_block", "behind"),
     (r"res_blocks", "convolutions"),
@@ -168,7 +168,7 @@ def test_every_step_of_a_draw_is_that_of_diffusers(monkeypatch: pytest.MonkeyPat
 
     theirs, ours = twins(downsampled=True, bias=False, conv_width=16)
     _, condition = given(3)
-    steps, noise, random = 3, 2.0, CounterRandom(0, torch.arange(3))
+    steps, noise, random = 5, 2.0, CounterRandom(0, torch.arange(3))
     drawn = MaskGITSampler(steps=steps, choice_temperature=noise)(ours, condition, random, trace=True)
     scheduler = AmusedScheduler(mask_token_id=IDS, masking_schedule="cosine")
     scheduler.set_timesteps(steps, temperature=(noise * (1 - 1 / steps), 0))
@@ -213,6 +213,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing() -> None:
     condition = Condition(labels=condition.labels, context=condition.context, context_mask=mask)
     gradients = []
     for checkpointed in (False, True):
+        torch.manual_seed(2)
         network = small(downsampled=True, activation_checkpointing=checkpointed).train()
         network(tokens, condition).square().mean().backward()
         still = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
