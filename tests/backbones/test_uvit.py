@@ -16,7 +16,8 @@ from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.samplers.categorical import draw_categorical
 
 IDS, WORDS, TEXT = 7, 5, 6
-MICRO = (256.0, 200.0, 3.0, 0.0, 6.0)
+# diffusers embeds them in float32, whose sines of large numbers are wrong in the fifth digit.
+MICRO = (2.0, 1.5, 0.25, 0.0, 6.0)
 LAYOUT = SequenceLayout(IDS, (4, 6), num_classes=1, attention="bidirectional", mask_token=True)
 
 # diffusers' names, then ours.
@@ -124,6 +125,11 @@ def given(count: int) -> tuple[Tensor, Condition]:
     return tokens, Condition(labels=torch.zeros(count, dtype=torch.int64), context=context)
 
 
+def assert_like(found: Tensor, expected: Tensor) -> None:
+    """Equal to 1e-4 of the largest number: diffusers squares in float32 in each of its norms, whatever it is given."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 def logits_of(theirs: nn.Module, tokens: Tensor, condition: Condition) -> Tensor:
     context = condition.context
     assert context is not None
@@ -138,14 +144,13 @@ def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, 
     theirs, ours = twins(downsampled=downsampled, bias=bias, conv_width=conv_width)
     tokens, condition = given(2)
     expected, found = logits_of(theirs, tokens, condition), ours(tokens, condition)
-    # diffusers embeds the micro-conditions in float32.
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert_like(found, expected)
     masked = (tokens == IDS).flatten().nonzero()[:, 0]
     assert len(masked)
     torch.testing.assert_close(ours(tokens, condition, predicted=masked), found.flatten(0, 1)[masked])
     target = torch.arange(len(masked)) % IDS
     losses = [F.cross_entropy(each.flatten(0, 1)[masked], target) for each in (found, expected)]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    assert_like(*losses)
     for loss in losses:
         loss.backward()
     pairs = (
@@ -156,7 +161,7 @@ def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, 
     )
     for mine, other in pairs:
         assert float(other.weight.grad.abs().max()) > 1e-4
-        torch.testing.assert_close(mine.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-5)
+        assert_like(mine.weight.grad, other.weight.grad.reshape(mine.weight.shape))
 
 
 @pytest.mark.parity
