@@ -130,9 +130,9 @@ def assert_like(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def double_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The norms of diffusers square in float32, whatever they are given; here they compute in the type of their input."""
+    """Let the norms of diffusers compute in the type of their input: they square in float32, whatever they are given."""
     from diffusers.models.normalization import RMSNorm
 
     monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, tuple(norm.dim), norm.weight, norm.eps))
@@ -146,6 +146,7 @@ def logits_of(theirs: nn.Module, tokens: Tensor, condition: Condition) -> Tensor
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("double_norms")
 @pytest.mark.parametrize("switches", [(False, False, 16), (True, True, 8)])
 def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, bool, int]) -> None:
     downsampled, bias, conv_width = switches
@@ -173,6 +174,7 @@ def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, 
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("double_norms")
 @torch.no_grad()
 def test_every_step_of_a_draw_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same noise, which the scheduler is given in the place of its own."""
