@@ -112,7 +112,7 @@ class UViT(Backbone):
         self.before = ConvStage(conv_width, conv_blocks, heads=conv_heads, given=width, **switches)
         self.inner_norm = Norm(conv_width, "rms", epsilon=norm_epsilon)
         self.inner = Linear(conv_width, width, bias=bias)
-        self.blocks = nn.ModuleList(TextBlock(width, heads, mlp_hidden, **switches) for _ in range(depth))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, mlp_hidden=mlp_hidden, **switches) for _ in range(depth))
         self.outer_norm = Norm(width, "rms", epsilon=norm_epsilon)
         self.outer = Linear(width, conv_width, bias=bias)
         self.behind = ConvStage(conv_width, conv_blocks, heads=conv_heads, given=width, **switches)
@@ -289,10 +289,10 @@ class TextBlock(nn.Module):
         bias, epsilon: as of `UViT`.
     """
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int, *, bias: bool, epsilon: float) -> None:
+    def __init__(self, width: int, heads: int, *, mlp_hidden: int, bias: bool, epsilon: float) -> None:
         super().__init__()
         kinds: tuple[NormKind, ...] = ("rms", "rms", "layer")
-        self.norms = nn.ModuleList(ModulatedNorm(width, kind, bias=bias, epsilon=epsilon) for kind in kinds)
+        self.norms = nn.ModuleList(PooledNorm(width, kind, bias=bias, epsilon=epsilon) for kind in kinds)
         self.attention = PlainAttention(width, heads, bias=bias)
         self.text_attention = PlainAttention(width, heads, bias=bias)
         self.expand = Linear(width, 2 * mlp_hidden, bias=bias)
@@ -306,7 +306,7 @@ class TextBlock(nn.Module):
         return x + self.contract(values * F.gelu(gates))
 
 
-class ModulatedNorm(nn.Module):
+class PooledNorm(nn.Module):
     """A norm with gains, then `(1 + scale) x + shift`, which the pooled text gives."""
 
     def __init__(self, width: int, kind: NormKind, *, bias: bool, epsilon: float) -> None:
