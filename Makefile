@@ -281,23 +281,23 @@ $(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished
 
 
 # The emoji and their names, drawn and read by one model.
-TOLD := runs/quickstart_emoji
-TOLD_CONFIGS := lightning_configs/quickstart_emoji
-TOLD_SPLITS := train combinations test
+NAMED := runs/quickstart_emoji
+NAMED_CONFIGS := lightning_configs/quickstart_emoji
+NAMED_SPLITS := train combinations test
 
-quickstart-emoji: $(TOLD)/transfusion/samples.npz $(TOLD_SPLITS:%=$(TOLD)/shards/%/manifest.json) ## names to emoji and back by one model
-	$(BIN)/python docs/experiments/emoji.py --page $(TOLD)/report.md
+quickstart-emoji: $(NAMED)/transfusion/samples.npz $(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json) ## names to emoji and back by one model
+	$(BIN)/python docs/experiments/emoji.py --page $(NAMED)/report.md
 	@echo
-	@echo "pictures:     $(TOLD)/transfusion/grid.png"
-	@echo "training log: $(BIN)/tensorboard --logdir $(TOLD)"
+	@echo "pictures:     $(NAMED)/transfusion/grid.png"
+	@echo "training log: $(BIN)/tensorboard --logdir $(NAMED)"
 
-$(TOLD_SPLITS:%=$(TOLD)/shards/%/manifest.json): | $(COLOUR)/package/package.json
+$(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json): | $(COLOUR)/package/package.json
 
-$(TOLD)/words.json: $(TOLD)/shards/train/manifest.json
+$(NAMED)/words.json: $(NAMED)/shards/train/manifest.json
 	$(LIT) text_tokenizer --shards $(<D) --vocab_size 800 --output $@
 
-$(TOLD)/transfusion/finished: $(TOLD)/words.json $(TOLD)/shards/combinations/manifest.json
-	$(LIT) fit --config $(TOLD_CONFIGS)/transfusion.yaml --ckpt_path last
+$(NAMED)/transfusion/finished: $(NAMED)/words.json $(NAMED)/shards/combinations/manifest.json
+	$(LIT) fit --config $(NAMED_CONFIGS)/transfusion.yaml --ckpt_path last
 	@touch $@
 
 # The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
@@ -435,6 +435,6 @@ endef
 $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
 $(eval $(call pipeline,$(DIGITS),$(DIGITS_CONFIGS)))
-$(eval $(call pipeline,$(TOLD),$(TOLD_CONFIGS)))
+$(eval $(call pipeline,$(NAMED),$(NAMED_CONFIGS)))
 
 .PRECIOUS: $(COLOUR)/%_grid/samples.npz

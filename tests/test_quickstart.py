@@ -14,7 +14,7 @@ from helpers.recipe_files import ROOT, configs_of, header_command, read
 from discrete_lit.data.sources.digit_compositions import WORDS, held_out
 
 GREY, COLOUR = "lightning_configs/quickstart", "lightning_configs/quickstart_colour"
-RUNS = {"RUNS": "", "COLOUR": "_colour", "DIGITS": "_digits"}
+RUNS = {"RUNS": "", "COLOUR": "_colour", "DIGITS": "_digits", "NAMED": "_emoji"}
 TABLES = {
     f"{GREY}/evaluate.yaml": "runs/quickstart/evaluation/report.md",
     f"{GREY}/evaluate_seeds.yaml": "runs/quickstart/evaluation_seeds/report.md",

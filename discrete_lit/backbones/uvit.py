@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from discrete_lit.backbones.backbone import Backbone, SequenceLayout
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
-from discrete_lit.backbones.layers import Linear, Norm
+from discrete_lit.backbones.layers import Linear, Norm, NormKind
 
 _WAVES_BASE = 10000.0
 
@@ -107,17 +107,17 @@ class UViT(Backbone):
         self.table_norm = Norm(embedding_width, "rms", epsilon=norm_epsilon)
         self.table_out = Linear(embedding_width, conv_width, bias=bias)
         resized: dict[str, Any] = {"kernel_size": 2, "stride": 2, "bias": bias}
-        self.half_norm = Norm(conv_width, "rms", epsilon=norm_epsilon) if downsampled else None
-        self.half = nn.Conv2d(conv_width, conv_width, **resized) if downsampled else None
+        self.halving_norm = Norm(conv_width, "rms", epsilon=norm_epsilon) if downsampled else None
+        self.halving = nn.Conv2d(conv_width, conv_width, **resized) if downsampled else None
         self.before = ConvStage(conv_width, conv_blocks, heads=conv_heads, given=width, **switches)
         self.inner_norm = Norm(conv_width, "rms", epsilon=norm_epsilon)
         self.inner = Linear(conv_width, width, bias=bias)
-        self.blocks = nn.ModuleList(TextBlock(width, heads, mlp_hidden, **switches) for _ in range(depth))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, mlp_hidden=mlp_hidden, **switches) for _ in range(depth))
         self.outer_norm = Norm(width, "rms", epsilon=norm_epsilon)
         self.outer = Linear(width, conv_width, bias=bias)
         self.behind = ConvStage(conv_width, conv_blocks, heads=conv_heads, given=width, **switches)
-        self.double_norm = Norm(conv_width, "rms", epsilon=norm_epsilon) if downsampled else None
-        self.double = nn.ConvTranspose2d(conv_width, conv_width, **resized) if downsampled else None
+        self.doubling_norm = Norm(conv_width, "rms", epsilon=norm_epsilon) if downsampled else None
+        self.doubling = nn.ConvTranspose2d(conv_width, conv_width, **resized) if downsampled else None
         self.head_in = Linear(conv_width, embedding_width, bias=bias)
         self.head_norm = Norm(embedding_width, "rms", epsilon=norm_epsilon)
         self.head = Linear(embedding_width, layout.outputs, bias=bias, autocast=False)
@@ -155,8 +155,8 @@ class UViT(Backbone):
         height, width = self.layout.grid
         hidden = self.table_out(self.table_norm(self.table(tokens)))
         hidden = rearrange(hidden, "b (h w) c -> b c h w", h=height, w=width)
-        if self.half is not None:
-            hidden = self.half(_over_channels(cast(Norm, self.half_norm), hidden))
+        if self.halving is not None:
+            hidden = self.halving(_over_channels(cast(Norm, self.halving_norm), hidden))
         hidden = self.before(hidden, text, pooled, mask)
         height, width = hidden.shape[2:]
         hidden = self.inner(self.inner_norm(rearrange(hidden, "b c h w -> b (h w) c")))
@@ -167,8 +167,8 @@ class UViT(Backbone):
                 hidden = block(hidden, text, pooled, mask)
         hidden = self.outer(self.outer_norm(hidden))
         hidden = self.behind(rearrange(hidden, "b (h w) c -> b c h w", h=height, w=width), text, pooled, mask)
-        if self.double is not None:
-            hidden = self.double(_over_channels(cast(Norm, self.double_norm), hidden))
+        if self.doubling is not None:
+            hidden = self.doubling(_over_channels(cast(Norm, self.doubling_norm), hidden))
         hidden = self.head_norm(self.head_in(rearrange(hidden, "b c h w -> b (h w) c")))
         return self.head(hidden if predicted is None else hidden.flatten(0, 1)[predicted])
 
@@ -280,6 +280,8 @@ class TwoAttentions(nn.Module):
 class TextBlock(nn.Module):
     """Attend to the grid, to the text, then GEGLU; each branch reads a norm that the pooled text scales and shifts.
 
+    The norms in front of attention are RMSNorms, that in front of the MLP is a LayerNorm, as in the released code.
+
     Args:
         width: D.
         heads: of both attentions.
@@ -287,9 +289,10 @@ class TextBlock(nn.Module):
         bias, epsilon: as of `UViT`.
     """
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int, *, bias: bool, epsilon: float) -> None:
+    def __init__(self, width: int, heads: int, *, mlp_hidden: int, bias: bool, epsilon: float) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(ModulatedNorm(width, bias=bias, epsilon=epsilon) for _ in range(3))
+        kinds: tuple[NormKind, ...] = ("rms", "rms", "layer")
+        self.norms = nn.ModuleList(PooledNorm(width, kind, bias=bias, epsilon=epsilon) for kind in kinds)
         self.attention = PlainAttention(width, heads, bias=bias)
         self.text_attention = PlainAttention(width, heads, bias=bias)
         self.expand = Linear(width, 2 * mlp_hidden, bias=bias)
@@ -303,12 +306,12 @@ class TextBlock(nn.Module):
         return x + self.contract(values * F.gelu(gates))
 
 
-class ModulatedNorm(nn.Module):
-    """RMSNorm with gains, then `(1 + scale) x + shift`, which the pooled text gives."""
+class PooledNorm(nn.Module):
+    """A norm with gains, then `(1 + scale) x + shift`, which the pooled text gives."""
 
-    def __init__(self, width: int, *, bias: bool, epsilon: float) -> None:
+    def __init__(self, width: int, kind: NormKind, *, bias: bool, epsilon: float) -> None:
         super().__init__()
-        self.norm = Norm(width, "rms", epsilon=epsilon)
+        self.norm = Norm(width, kind, bias=bias and kind == "layer", epsilon=epsilon)
         self.modulation = Linear(width, 2 * width, bias=bias)
 
     def forward(self, x: Tensor, pooled: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class TextAndImageSequences(ClassConditionalTraining):
 
     @property
     def scale_quantizer(self) -> MultiScaleResidualQuantizer | None:
-        """What makes the vectors of an image whose scales are predicted one after another; None of other images."""
+        """Give the quantizer that makes the vectors of an image in scales; None of other images."""
         return None
 
     @property

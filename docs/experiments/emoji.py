@@ -24,7 +24,7 @@ from shared import processor_minutes, stamp
 from torch import Tensor
 
 import discrete_lit
-from discrete_lit.core.images import from_uint8, to_uint8
+from discrete_lit.core.images import from_uint8, height_and_width, to_uint8
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.sources import Emoji, PartOfSource
 from discrete_lit.data.sources.emoji import words_of
@@ -95,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     model = discrete_lit.load(given.checkpoint)
     assert isinstance(model, Unified)
-    splits = {split: Pictures(given.package, split, model.image_size[0]) for split in KINDS}
+    splits = {split: Pictures(given.package, split, height_and_width(model.image_size)[0]) for split in KINDS}
     every = torch.cat([each.pixels for each in splits.values()]), [n for each in splits.values() for n in each.names]
     train, rows = splits["train"], list[list[str]]()
     shown: list[Tensor] = []

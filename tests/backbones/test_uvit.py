@@ -16,7 +16,8 @@ from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.samplers.categorical import draw_categorical
 
 IDS, WORDS, TEXT = 7, 5, 6
-MICRO = (256.0, 200.0, 3.0, 0.0, 6.0)
+# diffusers embeds them in float32, whose sines of large numbers are wrong in the fifth digit.
+MICRO = (2.0, 1.5, 0.25, 0.0, 6.0)
 LAYOUT = SequenceLayout(IDS, (4, 6), num_classes=1, attention="bidirectional", mask_token=True)
 
 # diffusers' names, then ours.
@@ -27,10 +28,10 @@ NAMES = (
     (r"encoder_proj_layer_norm", "text_norm"),
     (r"encoder_proj", "text_embedding"),
     (r"cond_embed\.linear_(\d)", lambda found: f"pooled_embedding.{2 * int(found[1]) - 2}"),
-    (r"down_block\.downsample\.conv", "half"),
-    (r"down_block\.downsample\.norm", "half_norm"),
-    (r"up_block\.upsample\.conv", "double"),
-    (r"up_block\.upsample\.norm", "double_norm"),
+    (r"down_block\.downsample\.conv", "halving"),
+    (r"down_block\.downsample\.norm", "halving_norm"),
+    (r"up_block\.upsample\.conv", "doubling"),
+    (r"up_block\.upsample\.norm", "doubling_norm"),
     (r"down_block", "before"),
     (r"up_block", "behind"),
     (r"res_blocks", "convolutions"),
@@ -124,6 +125,19 @@ def given(count: int) -> tuple[Tensor, Condition]:
     return tokens, Condition(labels=torch.zeros(count, dtype=torch.int64), context=context)
 
 
+def assert_like(found: Tensor, expected: Tensor, share: float = 1e-5) -> None:
+    """Equal to a share of the largest number; what is left is of the sines in float32."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=share * float(expected.detach().abs().max()))
+
+
+@pytest.fixture
+def double_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the norms of diffusers compute in the type of their input; they square in float32, whatever that is."""
+    from diffusers.models.normalization import RMSNorm
+
+    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, tuple(norm.dim), norm.weight, norm.eps))
+
+
 def logits_of(theirs: nn.Module, tokens: Tensor, condition: Condition) -> Tensor:
     context = condition.context
     assert context is not None
@@ -132,20 +146,20 @@ def logits_of(theirs: nn.Module, tokens: Tensor, condition: Condition) -> Tensor
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("double_norms")
 @pytest.mark.parametrize("switches", [(False, False, 16), (True, True, 8)])
 def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, bool, int]) -> None:
     downsampled, bias, conv_width = switches
     theirs, ours = twins(downsampled=downsampled, bias=bias, conv_width=conv_width)
     tokens, condition = given(2)
     expected, found = logits_of(theirs, tokens, condition), ours(tokens, condition)
-    # diffusers embeds the micro-conditions in float32.
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert_like(found, expected)
     masked = (tokens == IDS).flatten().nonzero()[:, 0]
     assert len(masked)
     torch.testing.assert_close(ours(tokens, condition, predicted=masked), found.flatten(0, 1)[masked])
     target = torch.arange(len(masked)) % IDS
     losses = [F.cross_entropy(each.flatten(0, 1)[masked], target) for each in (found, expected)]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    assert_like(*losses)
     for loss in losses:
         loss.backward()
     pairs = (
@@ -156,10 +170,11 @@ def test_logits_loss_and_gradients_are_those_of_diffusers(switches: tuple[bool, 
     )
     for mine, other in pairs:
         assert float(other.weight.grad.abs().max()) > 1e-4
-        torch.testing.assert_close(mine.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-5)
+        assert_like(mine.weight.grad, other.weight.grad.reshape(mine.weight.shape), share=1e-4)
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("double_norms")
 @torch.no_grad()
 def test_every_step_of_a_draw_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same noise, which the scheduler is given in the place of its own."""
@@ -168,7 +183,7 @@ def test_every_step_of_a_draw_is_that_of_diffusers(monkeypatch: pytest.MonkeyPat
 
     theirs, ours = twins(downsampled=True, bias=False, conv_width=16)
     _, condition = given(3)
-    steps, noise, random = 3, 2.0, CounterRandom(0, torch.arange(3))
+    steps, noise, random = 5, 2.0, CounterRandom(0, torch.arange(3))
     drawn = MaskGITSampler(steps=steps, choice_temperature=noise)(ours, condition, random, trace=True)
     scheduler = AmusedScheduler(mask_token_id=IDS, masking_schedule="cosine")
     scheduler.set_timesteps(steps, temperature=(noise * (1 - 1 / steps), 0))
@@ -213,6 +228,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing() -> None:
     condition = Condition(labels=condition.labels, context=condition.context, context_mask=mask)
     gradients = []
     for checkpointed in (False, True):
+        torch.manual_seed(2)
         network = small(downsampled=True, activation_checkpointing=checkpointed).train()
         network(tokens, condition).square().mean().backward()
         still = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
