@@ -3,10 +3,10 @@
     python docs/experiments/video.py measure    # prints a table
     python docs/experiments/video.py picture    # writes docs/experiments/video.png
 
-Both read `runs/quickstart_video`, which the commands of docs/video.md make. The picture has real clips of validation
-with what the tokenizer makes of them, their first three frames continued, and their middle filled in; then samples of
-each digit. The table says which digit clips show to their nearest neighbour: each frame is compared with every digit of
-training at every place, and the digit that most frames show is the clip's.
+Both read `runs/quickstart_video`, which the commands of docs/video.md make. The picture has real clips of validation,
+their first three frames continued, and their middle filled in; then samples by digit. The table says which digit clips
+show to their nearest neighbour: each frame is compared with every digit of training at every place, and the digit that
+most frames show is the clip's.
 """
 
 import sys
@@ -84,19 +84,6 @@ def measure() -> None:
         print(f"| {name} | {len(clips)} | {np.mean(nearest_digits(clips) == shown):.1%} | {by_frame} |")
 
 
-def reconstructed(clips: np.ndarray) -> np.ndarray:
-    """What the tokenizer makes of clips `(N, T, H, W)`."""
-    import torch
-
-    import discrete_lit
-    from discrete_lit.core.images import from_uint8, to_uint8
-
-    tokenizer = discrete_lit.load(RUN / "tokenizer" / "checkpoints" / "last.ckpt")
-    with torch.no_grad():
-        ids = tokenizer.encode(from_uint8(torch.from_numpy(clips)[:, None]))
-        return to_uint8(tokenizer.decode(ids))[:, 0].numpy()
-
-
 def strips(clips: np.ndarray) -> np.ndarray:
     """Strips of frames of clips `(N, T, H, W)`, with lines between frames and between clips."""
     framed = np.pad(clips, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=96)
@@ -111,13 +98,12 @@ def beside(blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def picture() -> None:
-    clips, _ = real_clips(DIGITS)
-    known = [drawn(folder)[0][:DIGITS] for folder in ("continued", "filled_in")]
-    top = beside([strips(each) for each in (clips, reconstructed(clips), *known)])
-    samples = [drawn(folder)[0] for folder in ("autoregressive", "masked")]
-    bottom = beside([strips(each[first : first + DIGITS]) for each in samples for first in (0, DIGITS)])
-    between = np.full((GAP, top.shape[1]), 255, dtype=np.uint8)
-    whole = np.concatenate((top, between, bottom)).repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+    top = [real_clips(DIGITS)[0], *(drawn(folder)[0][:DIGITS] for folder in ("continued", "filled_in"))]
+    of_each, masked = drawn("autoregressive")[0], drawn("masked")[0]
+    bottom = [of_each[:DIGITS], of_each[DIGITS : 2 * DIGITS], masked[:DIGITS]]
+    rows = [beside([strips(clips) for clips in row]) for row in (top, bottom)]
+    between = np.full((GAP, rows[0].shape[1]), 255, dtype=np.uint8)
+    whole = np.concatenate((rows[0], between, rows[1])).repeat(SCALE, axis=0).repeat(SCALE, axis=1)
     Image.fromarray(whole).save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
