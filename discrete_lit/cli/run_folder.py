@@ -16,7 +16,9 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
-from discrete_lit.core.background import BackgroundQueue
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.configuration import read_settings
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, atomic_write_text
@@ -281,8 +282,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self._told: set[str] = set()
-        self._queue = BackgroundQueue("checkpoints")
-        """A checkpoint that is written weighs one, one that is removed nothing."""
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        """Work of the thread, and how many checkpoints it writes: one, or none where it removes one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
@@ -296,20 +298,25 @@ class WholeCheckpoints(TorchCheckpointIO):
         # The very bytes of the file, so that what shares memory shares it there too.
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        self._queue.submit(self._write, checkpoint, path, content, weight=1)
+        self._submit(1, self._write, checkpoint, path, content)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> Any:
         self.wait()
         return super().load_checkpoint(path, *arguments, **settings)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        if self._queue:
-            self._queue.submit(super().remove_checkpoint, path)
+        if self._pending:
+            self._submit(0, super().remove_checkpoint, path)
         else:
             super().remove_checkpoint(path)
 
     def teardown(self) -> None:
-        self._queue.close()
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            self._thread = None
 
     def wait(self, most: int = 0) -> None:
         """Wait until at most so many checkpoints are being written.
@@ -317,7 +324,13 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: one could not be written.
         """
-        self._queue.wait(most)
+        while self._pending and (not most or sum(written for _, written in self._pending) > most):
+            self._pending.popleft()[0].result()
+
+    def _submit(self, written: int, work: Callable[..., None], *arguments: Any) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending.append((self._thread.submit(work, *arguments), written))
 
     def _write(self, checkpoint: dict[str, Any], path: str | Path, content: io.BytesIO | None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -65,20 +65,12 @@ def log_step(trainer: Trainer) -> int:
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """Leave the epoch that a checkpoint was written at the end of, in `on_train_start` after a resume; nothing else.
+    """Leave the epoch that a checkpoint was written at the end of, in `on_train_start` after a resume.
 
-    There is no public way: under `max_steps` the setter of `fit_loop.restarting` makes True of False, also where the
-    epoch was wholly over, as after a `fit`, and its batches would be counted as those of the next one.
+    There is no public way: under `max_steps` the setter of `fit_loop.restarting` makes True of False.
     """
     fit_loop = trainer.fit_loop
-    total = fit_loop.epoch_progress.total
-    # What `max_steps` cuts short counts as an epoch too.
-    over = total.ready == total.started == total.processed and fit_loop.epoch_loop.batch_progress.is_last_batch
-    # At its last batch Lightning leaves the epoch by itself.
-    if fit_loop.restarted_mid_epoch or not (fit_loop.restarting and over):
-        return
-    if total.completed == total.processed - 1:  # written in `on_train_epoch_end`
-        fit_loop.epoch_progress.increment_completed()
+    fit_loop.epoch_progress.increment_completed()
     fit_loop.reset_restart_stage()
     fit_loop._restarting = False
     fit_loop.epoch_loop.restarting = False

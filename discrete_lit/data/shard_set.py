@@ -225,8 +225,7 @@ def _shards_at(url: str) -> list[str]:
         return [url]
     if is_local(url) and os.path.isfile(url):
         raise ValueError(f"{url} is no shard: they end with {', '.join(_SHARD_SUFFIXES)}")
-    # A web server lists no files: without a manifest there are none.
-    manifest = _manifest(url, needed=is_download(url))
+    manifest = _manifest(url)
     files = _shards_in(Path(url)) if is_local(url) else []
     if is_local(url) and os.path.isdir(url):
         _say_left_out(url, Path(url).iterdir())
@@ -237,12 +236,8 @@ def _shards_at(url: str) -> list[str]:
         return [_beside(url, name) for name in listed]
     if files:
         return list(map(str, files))
-    raise _no_shards(url)
-
-
-def _no_shards(url: str, reason: str = "") -> ValueError:
-    return ValueError(
-        f"no shards in {without_secrets(url)}: it has no {MANIFEST}{reason} and no files that end with "
+    raise ValueError(
+        f"no shards in {without_secrets(url)}: it has no {MANIFEST} and no files that end with "
         f"{', '.join(_SHARD_SUFFIXES)}. Name a folder of shards, or the shards themselves as in "
         "train-{000000..000099}.tar or, on the disk, train-*.tar"
     )
@@ -406,8 +401,8 @@ def _classes(
 # The manifest.
 
 
-def _manifest(folder: str, *, needed: bool = False) -> dict[str, Any] | None:
-    """The manifest in a folder, or None where there is none and it is not needed."""
+def _manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest in a folder, or None where there is none."""
     if folder.startswith("pipe:"):
         return None
     url = _beside(folder, MANIFEST)
@@ -416,9 +411,7 @@ def _manifest(folder: str, *, needed: bool = False) -> dict[str, Any] | None:
     try:
         with open_url(url) as stream:
             text = stream.read(MOST_JSON + 1)
-    except MissingFile as error:
-        if needed:  # S3 says 403 also of what is not there, to who may not list the bucket
-            raise _no_shards(folder, f" ({error})") from error
+    except MissingFile:
         return None
     except OSError as error:
         # The commands behind other URLs tell by their exit status alone that there is no such file.
