@@ -10,9 +10,8 @@ import logging
 import os
 import pickle
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from discrete_lit.core.background import BackgroundQueue
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, publish
 from discrete_lit.core.lightning_internals import saves_one_file
 from discrete_lit.core.trust import printable
@@ -58,8 +58,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         super().__init__(data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout)
         self._saving_group: Any = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[None]] = deque()
+        self._queue = BackgroundQueue("checkpoints")
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
@@ -88,7 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             # Of its own, for its collectives are those of a thread, and on the host.
             self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
         written = async_save(shards, checkpoint_id=unfinished, process_group=self._saving_group)
-        self._submit(self._publish, cast(Future[Any], written), unfinished, path, rest.getvalue())
+        self._queue.submit(self._publish, cast(Future[Any], written), unfinished, path, rest.getvalue())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -106,8 +105,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return checkpoint
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self._pending:
-            self._submit(super().remove_checkpoint, filepath)
+        if self._queue:
+            self._queue.submit(super().remove_checkpoint, filepath)
         else:
             super().remove_checkpoint(filepath)
 
@@ -117,24 +116,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             OSError: a checkpoint could not be written.
         """
-        while self._pending:
-            self._pending.popleft().result()
+        self._queue.wait()
         if (wait := getattr(self.checkpoint_io, "wait", None)) is not None:
             wait()
 
     def teardown(self) -> None:
         try:
-            self.wait()
+            self._queue.close()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-            self._thread = None
             super().teardown()
-
-    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._pending.append(self._thread.submit(work, *arguments))
 
     def _publish(self, written: Future[Any], unfinished: Path, path: Path, rest: bytes) -> None:
         """Give a checkpoint its name; on rank 0 `written` says that the shards of all ranks are on the disk."""

@@ -96,7 +96,8 @@ def pair(folder, tokenizer, token_data, image_data):
         "masked": settings("masked", "Masked"),
         "autoregressive": settings("autoregressive", "Autoregressive"),
         "discretediffusion": settings("discretediffusion", "DiscreteDiffusion"),
-        "preempted": settings("preempted", "Autoregressive", send=preempt),
+        # Told to end in the third step; the ranks agree at the fourth.
+        "preempted": settings("preempted", "Autoregressive", send={**preempt, "batch": 2}, agree_every=2),
         "after preemption": settings("preempted", "Autoregressive", resume=True),
         "sharded": settings("sharded", "Autoregressive", "fsdp"),
         "sharded, preempted": settings("sharded-preempted", "Autoregressive", "fsdp", send=preempt),

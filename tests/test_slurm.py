@@ -1,4 +1,4 @@
-"""A real job on a real cluster: submitted, told to end, back in the queue, and finished with the same loss curve."""
+"""Real jobs on a real cluster of two nodes: told to end, requeued, killed; arrays, by sbatch and by submitit."""
 
 import json
 import os
@@ -153,9 +153,9 @@ def test_a_job_is_requeued_and_goes_on_in_its_run_folder(submit, tmp_path):
     assert [start["world_size"] for start in starts] == [2, 2]
 
 
-@pytest.mark.slow
-@pytest.mark.slurm
-def test_the_jobs_of_an_array_make_one_result(tmp_path):
+@pytest.fixture
+def tokenizing(tmp_path):
+    """The `tokenize` of 40 images up to its `--output`; its result is in the folder `whole`."""
     from helpers.distributed_run import IMAGE_SIZE, tokenizer_config
     from helpers.stored_images import pixels, save_folder
 
@@ -169,7 +169,20 @@ def test_the_jobs_of_an_array_make_one_result(tmp_path):
     command = ["tokenize", "--ckpt_path", str(tmp_path / "tokenizer.ckpt"), "--data", json.dumps(data)]
     command += ["--accelerator", "cpu", "--output"]
     main([*command, str(tmp_path / "whole")])
+    return command
 
+
+def assert_as_whole(folder, whole):
+    for file in ("tokens.npy", "labels.npy", "manifest.json"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_the_jobs_of_an_array_make_one_result(tokenizing, tmp_path):
+    from discrete_lit.cli.commands import main
+
+    command = tokenizing
     sizes = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=30", "--wait"]
     where = [f"--chdir={ROOT}", f"--output={tmp_path}/%a.log"]
     script = [str(ROOT / "lightning_configs/slurm/array.sbatch"), *command, str(tmp_path / "parts")]
@@ -186,5 +199,30 @@ def test_the_jobs_of_an_array_make_one_result(tmp_path):
         logs = "\n".join(log.read_text()[-2000:] for log in sorted(tmp_path.glob("*.log")))
         assert sent.returncode == 0, logs
     main([*command, str(tmp_path / "parts"), "--join", "3"])
-    for file in ("tokens.npy", "labels.npy", "manifest.json"):
-        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert_as_whole(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_submitit_sends_an_array_and_the_job_that_joins_it(tokenizing, tmp_path):
+    pytest.importorskip("submitit")
+    script = [sys.executable, str(ROOT / "lightning_configs/slurm/submit.py"), "--parts", "3", "--at_once", "2"]
+    how = ["--cluster", "slurm", "--folder", str(tmp_path / "jobs"), "--set", "timeout_min=20", "cpus_per_task=1"]
+    command = [*script, *how, "--", *tokenizing, str(tmp_path / "parts")]
+    sent = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert sent.returncode == 0, sent.stderr
+    assert "3 jobs for the parts [1, 2, 3]" in sent.stdout
+    joining = re.search(r"job (\d+) joins them", sent.stdout)[1]
+    log = tmp_path / "jobs" / joining / f"{joining}_0_log.err"
+    wait_for(lambda: job_record(joining)["JobState"] == "COMPLETED", joining, log)
+    assert_as_whole(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_five_kills_of_jobs(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "kills.run", "--slurm", "--kills", "5", "--seed", "0", "--keep", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    assert "5 kills in" in done.stdout and " 0 faults" in done.stdout

@@ -25,9 +25,9 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class Preemption(Callback):
     """Finish the batch on SIGUSR1 or SIGTERM, save, and end the process; `--ckpt_path last` goes on from there.
 
-    The handler only sets a flag. After each batch the ranks agree whether any of them has it, so that all stop at the
-    same batch. The checkpoint is written beside the others as `last.ckpt`, whole or not at all. Then the process ends
-    by `SystemExit`: no validation and no end of the epoch, which have not been reached.
+    The handler only sets a flag. After each optimizer step the ranks agree whether any of them has it, so that all stop
+    at the same batch. The checkpoint is written beside the others as `last.ckpt`, whole or not at all. Then the process
+    ends by `SystemExit`: no validation and no end of the epoch, which have not been reached.
 
     SIGUSR1 is what the job script asks SLURM for before the time limit (`#SBATCH --signal=SIGUSR1@120`): rank 0 puts
     the job back into the queue and the exit status is 0. SIGTERM saves and ends with status 143 without requeueing,
@@ -36,11 +36,21 @@ class Preemption(Callback):
     `discrete-lit fit` has it always, where it writes checkpoints. Lightning's own requeueing is switched off: it saves
     inside the signal handler, wherever that interrupts the program, on each rank for itself.
 
+    Args:
+        every_n_batches: optimizer steps from one agreement of several ranks to the next. Each is a message around the
+            ranks on the host: thousandths of a second for some tens of ranks. With n, a run ends up to n - 1 steps
+            later: n steps and the checkpoint have to fit into the time that the cluster leaves.
+
     Raises:
-        ValueError: the trainer has no `ModelCheckpoint`, which says where the run's checkpoints are.
+        ValueError: `every_n_batches` is below 1; or the trainer has no `ModelCheckpoint`, which says where the run's
+            checkpoints are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, every_n_batches: int = 1) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"every_n_batches is {every_n_batches}; it must be 1 or more")
+        self.every_n_batches = every_n_batches
+        self._steps = 0
         self._received = 0
         self._active = False
         self._replaced: dict[int, Any] = {}
@@ -57,7 +67,7 @@ class Preemption(Callback):
             environment.auto_requeue = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._received = 0
+        self._received = self._steps = 0
         if threading.current_thread() is not threading.main_thread():
             return  # signals cannot be handled in another, such as a notebook's or a launcher's
         self._active = True
@@ -75,8 +85,11 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        received = self._agree()
-        if not received or accumulates_gradients(trainer):
+        if accumulates_gradients(trainer):
+            return
+        self._steps += 1
+        # Each rank has taken as many steps.
+        if (self._group is not None and self._steps % self.every_n_batches) or not (received := self._agree()):
             return
         self._save(trainer)
         status = 128 + received

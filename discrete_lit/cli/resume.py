@@ -97,11 +97,11 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
 class ContinueExactly(Callback):
     """Makes up for four slips of Lightning 2.6 at a resume.
 
-    From a checkpoint written at the end of an epoch without validation, under `max_steps`, it would train one more
-    batch in that epoch and then lose the rest of the next. Where the data, the batch size or the ranks changed between
-    two epochs, it would take an epoch that had fewer batches for unfinished. Inside an epoch, where a global batch is
-    made of more or fewer batches than before, it would count on as if they were as large. And it counts the steps of
-    the log apart from `global_step`, after some resumes from one too far: a gap in every curve.
+    From a checkpoint written at the end of an epoch, or behind it by who called `fit`, under `max_steps`, it would
+    train one more batch in that epoch and then lose the rest of the next. Where the data, the batch size or the ranks
+    changed between two epochs, it would take an epoch that had fewer batches for unfinished. Inside an epoch, where a
+    global batch is made of more or fewer batches than before, it would count on as if they were as large. And it counts
+    the steps of the log apart from `global_step`, after some resumes from one too far: a gap in every curve.
     """
 
     def __init__(self) -> None:
@@ -112,9 +112,7 @@ class ContinueExactly(Callback):
         if isinstance(data, ResumableDataModule) and (batches := data.resumed_batches):
             count_batches_of_epoch(trainer, batches)
         end_finished_epoch(trainer)
-        if trainer.fit_loop.restarted_on_epoch_end:
-            # The epoch is over, its validation too: what follows is the beginning of the next one.
-            begin_next_epoch(trainer)
+        begin_next_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Several optimizers in manual optimization count several global steps for a batch.

@@ -16,9 +16,7 @@ import logging
 import os
 import platform
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
+from discrete_lit.core.background import BackgroundQueue
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.configuration import read_settings
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, atomic_write_text
@@ -282,9 +281,8 @@ class WholeCheckpoints(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self._told: set[str] = set()
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: deque[tuple[Future[None], int]] = deque()
-        """Work of the thread, and how many checkpoints it writes: one, or none where it removes one."""
+        self._queue = BackgroundQueue("checkpoints")
+        """A checkpoint that is written weighs one, one that is removed nothing."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
@@ -298,25 +296,20 @@ class WholeCheckpoints(TorchCheckpointIO):
         # The very bytes of the file, so that what shares memory shares it there too.
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        self._submit(1, self._write, checkpoint, path, content)
+        self._queue.submit(self._write, checkpoint, path, content, weight=1)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> Any:
         self.wait()
         return super().load_checkpoint(path, *arguments, **settings)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        if self._pending:
-            self._submit(0, super().remove_checkpoint, path)
+        if self._queue:
+            self._queue.submit(super().remove_checkpoint, path)
         else:
             super().remove_checkpoint(path)
 
     def teardown(self) -> None:
-        try:
-            self.wait()
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-            self._thread = None
+        self._queue.close()
 
     def wait(self, most: int = 0) -> None:
         """Wait until at most so many checkpoints are being written.
@@ -324,13 +317,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: one could not be written.
         """
-        while self._pending and (not most or sum(written for _, written in self._pending) > most):
-            self._pending.popleft()[0].result()
-
-    def _submit(self, written: int, work: Callable[..., None], *arguments: Any) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._pending.append((self._thread.submit(work, *arguments), written))
+        self._queue.wait(most)
 
     def _write(self, checkpoint: dict[str, Any], path: str | Path, content: io.BytesIO | None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

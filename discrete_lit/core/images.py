@@ -33,12 +33,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).clamp(0, 255).round().byte()
 
 
-def from_uint8(images: Tensor) -> Tensor:
-    """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
+def from_uint8(images: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly.
+
+    Args:
+        images: 8-bit ones.
+        out: float32 of that shape, for the result; by default a new tensor.
+    """
     import torch  # here, for what prepares data knows sizes, and starts at once
 
     # In place: on a CPU each new tensor of a batch's size costs more than the arithmetic.
-    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
+    values = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
+    return values.div_(127.5).sub_(1)
 
 
 def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tuple[int, int]:

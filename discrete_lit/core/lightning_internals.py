@@ -9,6 +9,7 @@ import io
 import math
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT as PrecisionInput
@@ -65,12 +66,20 @@ def log_step(trainer: Trainer) -> int:
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """Leave the epoch that a checkpoint was written at the end of, in `on_train_start` after a resume.
+    """Leave the epoch that a checkpoint was written at the end of, in `on_train_start` after a resume; nothing else.
 
-    There is no public way: under `max_steps` the setter of `fit_loop.restarting` makes True of False.
+    There is no public way: under `max_steps` the setter of `fit_loop.restarting` makes True of False, also where the
+    epoch was wholly over, as after a `fit`, and its batches would be counted as those of the next one.
     """
     fit_loop = trainer.fit_loop
-    fit_loop.epoch_progress.increment_completed()
+    total: Any = fit_loop.epoch_progress.total
+    # What `max_steps` cuts short counts as an epoch too.
+    over = total.ready == total.started == total.processed and fit_loop.epoch_loop.batch_progress.is_last_batch
+    # At its last batch Lightning leaves the epoch by itself.
+    if fit_loop.restarted_mid_epoch or not (fit_loop.restarting and over):
+        return
+    if total.completed == total.processed - 1:  # written in `on_train_epoch_end`
+        fit_loop.epoch_progress.increment_completed()
     fit_loop.reset_restart_stage()
     fit_loop._restarting = False
     fit_loop.epoch_loop.restarting = False

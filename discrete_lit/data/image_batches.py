@@ -1,5 +1,6 @@
 """Image files to the batches that both image DataModules yield."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -15,9 +16,11 @@ from discrete_lit.data.captions import caption_batch, drawn
 from discrete_lit.data.loaders import Batch
 from discrete_lit.data.transforms import (
     MODES,
+    Picture,
     center_crop,
     dall_e_crop,
     decode_image,
+    decode_image_fast,
     random_crop,
     random_resized_crop,
     ten_crops,
@@ -26,6 +29,7 @@ from discrete_lit.data.transforms import (
 _LARGEST_SCALE = 8
 
 TrainingCrop = Literal["random", "center", "random_resized", "dall_e"]
+Decoding = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class ImagePipeline(SamplePipeline):
         crop_area, crop_aspect: see `transforms.random_resized_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
+        decoding: of training images: `exact`, or `fast` by `transforms.decode_image_fast`.
     """
 
     image_size: ImageSize
@@ -147,6 +152,7 @@ class ImagePipeline(SamplePipeline):
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool
     apply_exif: bool
+    decoding: Decoding = "exact"
 
     def __post_init__(self) -> None:
         height_and_width(self.image_size)  # refuses what is no size
@@ -154,6 +160,8 @@ class ImagePipeline(SamplePipeline):
             raise ValueError(f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
         if self.crop not in get_args(TrainingCrop):
             raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center', 'random_resized' or 'dall_e'")
+        if self.decoding not in get_args(Decoding):
+            raise ValueError(f"decoding {self.decoding!r} is not known; it is 'exact' or 'fast'")
         height, width = height_and_width(self.image_size)
         if self.crop == "dall_e" and height != width:
             raise ValueError(f"crop 'dall_e' cuts squares, and image_size is {[height, width]}")
@@ -176,7 +184,7 @@ class ImagePipeline(SamplePipeline):
 
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
         """Augment an image: uint8 `(H, W, C)`, the same for the same (seed, epoch, key)."""
-        image = decode_image(data, self.apply_exif, image_channels=self.image_channels)
+        image = self._decoded(data)
         randomness = augmentation_uniforms(self.seed, epoch, key)
         if self.crop == "random":
             return random_crop(
@@ -202,6 +210,16 @@ class ImagePipeline(SamplePipeline):
             pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
+    def _decoded(self, data: bytes) -> Picture:
+        """Decode a file for training."""
+        if self.decoding == "exact":
+            return decode_image(data, self.apply_exif, image_channels=self.image_channels)
+        height, width = height_and_width(self.image_size)
+        # Of what is cut before it is resized the scale is not known yet.
+        enlarged = {"random": 1 / self.minimum_crop, "center": 1.0, "dall_e": 9 / 8}.get(self.crop)
+        covered = None if enlarged is None else (math.ceil(height * enlarged), math.ceil(width * enlarged))
+        return decode_image_fast(data, self.apply_exif, image_channels=self.image_channels, covered=covered)
+
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
         """Make a batch, see `image_batch`."""
         return image_batch(samples, self.shape)
@@ -226,10 +244,12 @@ def image_batch(samples: Sequence[LabelledSample], shape: tuple[int, int, int]) 
         samples: of the batch.
         shape: `(H, W, C)` of an image, for a batch of none.
     """
-    pixels = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
-    for row, sample in enumerate(samples):
-        pixels[row] = sample.values
-    images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
+    *crops, height, width, channels = samples[0].values.shape if samples else shape
+    images = torch.empty(len(samples), *crops, channels, height, width)
+    # One by one, while each is in the processor's cache.
+    for sample, image in zip(samples, images, strict=True):
+        pixels = torch.from_numpy(np.require(sample.values, requirements=["C", "W"]))
+        from_uint8(pixels.movedim(-1, -3), out=image)
     return {"image": images, **label_batch(samples)}
 
 

@@ -20,7 +20,10 @@ Samples that cannot be read are logged one by one, counted, and fatal past a set
 """
 
 import logging
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from multiprocessing.util import get_temp_dir
@@ -103,6 +106,7 @@ class _Loader:
             sampler=self._requests,
             num_workers=num_workers,
             collate_fn=_unchanged,
+            worker_init_fn=_end_with_the_training,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent_workers and num_workers > 0,
             # Without its own generator, starting an epoch would draw from the global one and change the run.
@@ -532,3 +536,21 @@ class _Requests(Sampler):
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _end_with_the_training(worker: int) -> None:
+    """Let SIGTERM end a worker only where the process that trains sends it.
+
+    SLURM sends it to every process of a job, and torch's workers die of it: the training that was about to save itself
+    would end with an error. Without its training process a worker ends by itself.
+    """
+    training = os.getppid()
+
+    def listen() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != training:
+            pass
+        os._exit(0)
+
+    # Of this thread, and of those that it starts; what a shard is read by is told of it in `remote`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=listen, daemon=True).start()

@@ -32,6 +32,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from webdataset.gopen import gopen
 
+from discrete_lit.core.variables import positive_number
 from discrete_lit.data.shard_cache import ShardCache, shard_cache
 from discrete_lit.data.tars import PermanentFailure
 
@@ -145,14 +146,7 @@ def read_timeout() -> float:
     Raises:
         ValueError: the environment variable is no positive number.
     """
-    given = os.environ.get(TIMEOUT_VARIABLE, str(_DEFAULT_SECONDS))
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"the environment variable {TIMEOUT_VARIABLE} is {given!r}; it must be a positive number")
-    return seconds
+    return positive_number(TIMEOUT_VARIABLE, _DEFAULT_SECONDS)
 
 
 class _Stream(io.RawIOBase):
@@ -495,15 +489,20 @@ class _Command(_Stream):
         # What it says of an error; a pipe that nobody empties would stop it.
         self._errors = tempfile.TemporaryFile()
         # A group of its own, so that what the shell started ends with it.
-        self._process = subprocess.Popen(
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            process_group=0,
-        )
+        # A worker of a loader does not end by SIGTERM, which the command would inherit.
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        try:
+            self._process = subprocess.Popen(
+                command,
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                process_group=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self._process.stdout is not None
         self._source = self._process.stdout
 

@@ -13,11 +13,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from discrete_lit.core.files import content_sha256
+from discrete_lit.core.variables import positive_number
 
 _log = logging.getLogger(__name__)
 
@@ -173,15 +173,6 @@ def shard_cache() -> ShardCache | None:
         ValueError: the size is no positive number.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
-    return None if not folder else _cache(folder, os.environ.get(SIZE_VARIABLE, str(_DEFAULT_GIGABYTES)))
-
-
-@lru_cache
-def _cache(folder: str, size: str) -> ShardCache:
-    try:
-        gigabytes = float(size)
-    except ValueError:
-        gigabytes = 0.0
-    if not 0 < gigabytes < float("inf"):
-        raise ValueError(f"the environment variable {SIZE_VARIABLE} is {size!r}; it must be a positive number")
-    return ShardCache(Path(folder).expanduser(), int(gigabytes * 10**9))
+    if not folder:
+        return None
+    return ShardCache(Path(folder).expanduser(), int(positive_number(SIZE_VARIABLE, _DEFAULT_GIGABYTES) * 10**9))

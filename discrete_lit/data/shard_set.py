@@ -225,7 +225,8 @@ def _shards_at(url: str) -> list[str]:
         return [url]
     if is_local(url) and os.path.isfile(url):
         raise ValueError(f"{url} is no shard: they end with {', '.join(_SHARD_SUFFIXES)}")
-    manifest = _manifest(url)
+    # A web server lists no files: without a manifest there are none.
+    manifest = _manifest(url, needed=is_download(url))
     files = _shards_in(Path(url)) if is_local(url) else []
     if is_local(url) and os.path.isdir(url):
         _say_left_out(url, Path(url).iterdir())
@@ -236,8 +237,12 @@ def _shards_at(url: str) -> list[str]:
         return [_beside(url, name) for name in listed]
     if files:
         return list(map(str, files))
-    raise ValueError(
-        f"no shards in {without_secrets(url)}: it has no {MANIFEST} and no files that end with "
+    raise _no_shards(url)
+
+
+def _no_shards(url: str, reason: str = "") -> ValueError:
+    return ValueError(
+        f"no shards in {without_secrets(url)}: it has no {MANIFEST}{reason} and no files that end with "
         f"{', '.join(_SHARD_SUFFIXES)}. Name a folder of shards, or the shards themselves as in "
         "train-{000000..000099}.tar or, on the disk, train-*.tar"
     )
@@ -401,8 +406,8 @@ def _classes(
 # The manifest.
 
 
-def _manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest in a folder, or None where there is none."""
+def _manifest(folder: str, *, needed: bool = False) -> dict[str, Any] | None:
+    """The manifest in a folder, or None where there is none and it is not needed."""
     if folder.startswith("pipe:"):
         return None
     url = _beside(folder, MANIFEST)
@@ -411,7 +416,9 @@ def _manifest(folder: str) -> dict[str, Any] | None:
     try:
         with open_url(url) as stream:
             text = stream.read(MOST_JSON + 1)
-    except MissingFile:
+    except MissingFile as error:
+        if needed:  # S3 says 403 also of what is not there, to who may not list the bucket
+            raise _no_shards(folder, f" ({error})") from error
         return None
     except OSError as error:
         # The commands behind other URLs tell by their exit status alone that there is no such file.

@@ -22,15 +22,17 @@ A size is the side of a square, or (height, width): then the image is scaled to 
 
 import io
 import math
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
+from discrete_lit.core.variables import positive_number
 from discrete_lit.data.media import MediaKind, UndecodableSample
+from discrete_lit.data.torch_image import TorchImage, decode_jpeg
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -53,6 +55,8 @@ _DEFAULT_MEGABYTES = 256
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode of each number of channels that images are decoded to."""
 
+_ORIENTATION = 0x0112  # the EXIF tag
+
 # A resized picture of more pixels than this many times those that are cut out of it is not made as a whole.
 _LARGEST_EXCESS = 16
 
@@ -60,6 +64,10 @@ _LARGEST_EXCESS = 16
 # Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB, and of
 # one that is halved, in width and then in height.
 _MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED, _HALVED = 5 * 2**28, 5, 4, 3
+
+
+Picture = Image.Image | TorchImage
+"""A decoded picture that crops are cut out of: by Pillow, or by faster code."""
 
 
 class UndecodableImage(UndecodableSample):
@@ -76,14 +84,7 @@ def image_bytes_limit() -> int:
     Raises:
         ValueError: the environment variable is no positive number.
     """
-    given = os.environ.get(IMAGE_BYTES_VARIABLE, str(_DEFAULT_MEGABYTES))
-    try:
-        limit = int(float(given) * 1e6)
-    except (ValueError, OverflowError):
-        limit = 0
-    if limit < 1:
-        raise ValueError(f"the environment variable {IMAGE_BYTES_VARIABLE} is {given!r}; it must be a positive number")
-    return limit
+    return math.ceil(positive_number(IMAGE_BYTES_VARIABLE, _DEFAULT_MEGABYTES) * 1e6)
 
 
 def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int = 3) -> Image.Image:
@@ -100,17 +101,55 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
     Raises:
         UndecodableImage: the bytes are no image, are cut short, or hold values without a defined range.
     """
+    with _opened(data, MODES[image_channels]) as image:
+        return _loaded(image, apply_exif, MODES[image_channels])
+
+
+def decode_image_fast(
+    data: bytes, apply_exif: bool = False, *, image_channels: int = 3, covered: tuple[int, int] | None = None
+) -> Image.Image | TorchImage:
+    """Decode an image file for training, by faster code than `decode_image` where that gives nearly the same.
+
+    JPEG files of three colours are decoded by torchvision, to the same pixels. One that crops will halve is decoded at
+    half, a quarter or an eighth of its size (libjpeg's scaled inverse cosine transform in place of ADM's box filter).
+    What is read otherwise is read as ever, and all but pictures with opacity are resized by torch, see `TorchImage`.
+
+    Args:
+        data, apply_exif, image_channels: as for `decode_image`.
+        covered: height and width that the decoded picture still has to cover; None decodes at full size.
+
+    Raises:
+        UndecodableImage: as `decode_image`.
+    """
+    mode = MODES[image_channels]
+    with _opened(data, mode) as image:
+        turned = apply_exif and image.getexif().get(_ORIENTATION, 1) != 1
+        if image.format == "JPEG" and image.mode == mode == "RGB" and not turned:
+            whole = image.size
+            if covered is not None:
+                image.draft(mode, (covered[1], covered[0]))
+            if image.size == whole and (decoded := decode_jpeg(data)) is not None:
+                return decoded
+        picture = _loaded(image, apply_exif, mode)
+        return picture if mode == "RGBA" else TorchImage(_pixels(picture))
+
+
+def _loaded(image: Image.Image, apply_exif: bool, mode: str) -> Image.Image:
+    image.load()
+    return to_mode(ImageOps.exif_transpose(image) if apply_exif else image, mode)
+
+
+@contextmanager
+def _opened(data: bytes, mode: str) -> Iterator[Image.Image]:
+    """Open an image file that will be brought to a mode; only its header is read yet."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata in files that it reads correctly; a truncated picture raises.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_jpeg_size(image, len(data))
-                _check_memory(image, MODES[image_channels])
-                image.load()
-                if apply_exif:
-                    image = ImageOps.exif_transpose(image)
-                return to_mode(image, MODES[image_channels])
+                _check_memory(image, mode)
+                yield image
     except UnidentifiedImageError as error:
         kind = "not one that is read"
         if data[4:8] == b"ftyp":  # ISO base media, of which HEIC is one, whatever the file's name says.
@@ -121,12 +160,12 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 
 
-def center_crop(image: Image.Image, size: ImageSize) -> np.ndarray:
+def center_crop(image: Picture, size: ImageSize) -> np.ndarray:
     """Cut out ADM's evaluation crop (`center_crop_arr` of Dhariwal and Nichol, "Diffusion Models Beat GANs", 2021).
 
     Halve with a box filter while the shorter side is at least twice `size`, resize the shorter side to `size` with a
-    bicubic filter, cut out the centre. With a height and a width the same is done to the side that decides how far the
-    image must be scaled to cover them.
+    bicubic filter, rows before columns, cut out the centre. With a height and a width the same is done to the side that
+    decides how far the image must be scaled to cover them.
 
     Returns:
         uint8 `(H, W, C)`; the image itself where it already has that size.
@@ -137,12 +176,15 @@ def center_crop(image: Image.Image, size: ImageSize) -> np.ndarray:
     left, top = (wide - width) // 2, (high - height) // 2
     # Of a long thin picture only what is cut out is computed: the rest could fill the memory. The pixels are the same
     # but for the rounding of Pillow's filter, which is why everything else keeps to ADM's order.
-    if wide * high > max(image.width * image.height, _LARGEST_EXCESS * width * height):
+    if _wastes(image, wide, high, part=width * height):
         return _pixels(_resized_part(image, wide, high, left=left, top=top, height=height, width=width))
-    return _pixels(image.resize((wide, high), _BICUBIC))[top : top + height, left : left + width]
+    if _is_filtered_by_rows(image):  # the columns that are cut off need no second pass
+        image = image.resize((wide, image.height), _BICUBIC).crop((left, 0, left + width, image.height))
+        wide, left = width, 0
+    return _pixels(_resize(image, (wide, high)))[top : top + height, left : left + width]
 
 
-def ten_crops(image: Image.Image, size: ImageSize, scale: float) -> np.ndarray:
+def ten_crops(image: Picture, size: ImageSize, scale: float) -> np.ndarray:
     """Cut out the centre and the four corners of an image and of its mirror image, as LlamaGen and RAR do for tokens.
 
     The image is first cut to its `center_crop` of `size` times `scale`, rounded down.
@@ -164,7 +206,7 @@ def ten_crops(image: Image.Image, size: ImageSize, scale: float) -> np.ndarray:
 
 
 def random_crop(
-    image: Image.Image,
+    image: Picture,
     size: ImageSize,
     randomness: tuple[float, float, float, float],
     *,
@@ -245,7 +287,7 @@ def random_part(
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Picture,
     size: ImageSize,
     draw: Callable[[int], tuple[float, float, float, float]],
     *,
@@ -264,10 +306,10 @@ def random_resized_crop(
     """
     height, width = height_and_width(size)
     left, top, wide, high = random_part(*image.size, draw, area=area, aspect=aspect)
-    return _pixels(image.crop((left, top, left + wide, top + high)).resize((width, height), _BICUBIC))
+    return _pixels(_resize(image.crop((left, top, left + wide, top + high)), (width, height)))
 
 
-def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, float, float, float]) -> np.ndarray:
+def dall_e_crop(image: Picture, size: ImageSize, randomness: tuple[float, float, float, float]) -> np.ndarray:
     """Cut out the training crop of DALL-E's transformer, which VQ-Diffusion takes too.
 
     The largest square of the image, at most 1/8 of what is left over away from its centre, is resized to between `size`
@@ -297,7 +339,7 @@ def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, fl
     left, top = (start, 0) if image.width > image.height else (0, start)
     largest = max(min(shorter, round(9 / 8 * side)), side)
     enlarged = side + int(scale * (largest - side + 1))
-    square = image.crop((left, top, left + shorter, top + shorter)).resize((enlarged, enlarged), _BICUBIC)
+    square = _resize(image.crop((left, top, left + shorter, top + shorter)), (enlarged, enlarged))
     top, left = int(row * (enlarged - side + 1)), int(column * (enlarged - side + 1))
     return _pixels(square)[top : top + side, left : left + side]
 
@@ -373,30 +415,71 @@ def _check_memory(image: Image.Image, mode: str) -> None:
         )
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: Picture) -> np.ndarray:
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _halved(image: Image.Image, height: int, width: int) -> Image.Image:
+def _is_filtered_by_rows(image: Picture) -> bool:
+    """Tell whether rows and columns may be filtered by two calls.
+
+    Pillow multiplies colours by their opacity before the first pass, and divides after the last; torch has one order.
+    """
+    return not isinstance(image, TorchImage) and image.mode != "RGBA"
+
+
+def _resize(
+    image: Picture,
+    size: tuple[int, int],
+    resample: Image.Resampling = _BICUBIC,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Picture:
+    """Resize a box of an image: filter its rows, round, filter its columns, as Pillow did when figures were published.
+
+    From 13.0 on it begins with the columns where that is cheaper, and rounds otherwise.
+    """
+    if isinstance(image, TorchImage):
+        assert box is None
+        return image.resize(size, resample)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    if not _is_filtered_by_rows(image):
+        return image.resize(size, resample, box=(left, top, right, bottom))
+    # The rows that the filter reaches: two of the coarser picture's on each side.
+    reach = 2 * max(1.0, (bottom - top) / size[1]) + 1
+    first, last = max(0, math.floor(top - reach)), min(image.height, math.ceil(bottom + reach))
+    if last - first < image.height:
+        image, top, bottom = image.crop((0, first, image.width, last)), top - first, bottom - first
+    rows = image.resize((size[0], image.height), resample, box=(left, 0, right, image.height))
+    return rows.resize(size, resample, box=(0, top, size[0], bottom))
+
+
+def _halved(image: Picture, height: int, width: int) -> Picture:
     while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), _BOX)
+        image = _resize(image, (image.width // 2, image.height // 2), _BOX)
     return image
 
 
-def _scaled_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+def _scaled_size(image: Picture, height: int, width: int) -> tuple[int, int]:
     """The width and height of an image that is scaled to just cover a box."""
     scale = max(width / image.width, height / image.height)
     return round(image.width * scale), round(image.height * scale)
 
 
-def _resized_part(
-    image: Image.Image, wide: int, high: int, *, left: int, top: int, height: int, width: int
-) -> Image.Image:
+def _wastes(image: Picture, wide: int, high: int, *, part: int) -> bool:
+    """Tell whether an image resized to `(wide, high)` would be far larger than itself and the part that is wanted."""
+    return wide * high > max(image.width * image.height, _LARGEST_EXCESS * part)
+
+
+def _resized_part(image: Picture, wide: int, high: int, *, left: int, top: int, height: int, width: int) -> Picture:
     """Cut a box out of `image` resized to `(wide, high)`, without computing the rest."""
     if (wide, high) == image.size:
         return image.crop((left, top, left + width, top + height))
+    if isinstance(image, TorchImage):
+        if not _wastes(image, wide, high, part=width * height):  # torch cuts no box out
+            return image.resize((wide, high), _BICUBIC).crop((left, top, left + width, top + height))
+        image = image.by_pillow()
     across, down = image.width / wide, image.height / high
     # Rounding must not put the box outside the image.
     right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-    return image.resize((width, height), _BICUBIC, box=(left * across, top * down, right, bottom))
+    return _resize(image, (width, height), box=(left * across, top * down, right, bottom))

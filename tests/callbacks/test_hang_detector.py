@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 
 import pytest
 from lightning import Callback
@@ -33,6 +34,20 @@ def test_the_stack_of_a_silent_rank_is_written(tokenizer, make_trainer, make_loa
 
 def test_nothing_is_left_of_a_run_that_is_not_silent(tokenizer, make_trainer, make_loader, tmp_path):
     make_trainer(max_epochs=1, callbacks=[HangDetector(seconds=30)]).fit(tokenizer, make_loader(4), make_loader(1))
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_ranks_that_end_at_once_do_not_miss_the_folder(make_trainer, monkeypatch, tmp_path):
+    """The last rank removes the folder; here it does so between another one's file and its look at the folder."""
+    detector, unlink = HangDetector(seconds=30), Path.unlink
+
+    def then_another_ends(path, **settings):
+        unlink(path, **settings)
+        path.parent.rmdir()
+
+    detector.on_fit_start(make_trainer(max_epochs=1, callbacks=[]), None)
+    monkeypatch.setattr(Path, "unlink", then_another_ends)
+    detector._end()
     assert not (tmp_path / "stacks").exists()
 
 

@@ -146,6 +146,26 @@ def test_waits_for_the_end_of_an_accumulation(tokenizer, fit):
     assert list(seen) == [0, 1]
 
 
+def test_ranks_agree_every_so_many_steps(tokenizer, fit, monkeypatch):
+    asked, preemption = [], Preemption(every_n_batches=3)
+
+    def agree():
+        asked.append(preemption._steps)
+        return preemption._received
+
+    monkeypatch.setattr(preemption, "_agree", agree)
+    started = preemption.on_train_start
+    # As with other ranks, which are asked here.
+    monkeypatch.setattr(
+        preemption, "on_train_start", lambda *given: (started(*given), vars(preemption).update(_group=1))
+    )
+    seen, status = fit(tokenizer, Interrupt(signal.SIGTERM, 3), preemption)
+    assert status == 128 + signal.SIGTERM
+    assert (asked, list(seen)) == ([3, 6], list(range(6)))
+    with pytest.raises(ValueError, match="every_n_batches is 0; it must be 1 or more"):
+        Preemption(every_n_batches=0)
+
+
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tokenizer, fit, tmp_path, monkeypatch):
     resumed = deepcopy(tokenizer)
     fit(tokenizer, Interrupt(signal.SIGTERM, 1), Preemption())

@@ -543,7 +543,7 @@ def test_what_does_not_fit_into_memory_is_written_at_once(tmp_path: Path, monkey
     monkeypatch.setattr("discrete_lit.cli.run_folder._available_memory", lambda: 10)
     writer = WholeCheckpoints()
     writer.save_checkpoint({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "a.ckpt")
-    assert os.listdir(tmp_path) == ["a.ckpt"] and writer._thread is None
+    assert os.listdir(tmp_path) == ["a.ckpt"] and not writer._queue
 
 
 def test_a_write_that_fails_is_an_error_of_the_next_one(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers.elastic_ranks import take_steps
+from helpers.several_ranks import on_ranks
 from lightning import LightningModule, Trainer
 
 from discrete_lit.cli.resume import ContinueExactly
@@ -170,6 +172,26 @@ def test_sixty_four_ranks(kind: str, tmp_path: Path, make_token_folder: Callable
             step += 1
         state = loaders[0].state_dict()
         assert all(loader.state_dict() == state for loader in loaders)
+
+
+@pytest.mark.slow
+def test_sixty_four_processes(tmp_path: Path, make_token_folder: Callable[..., Path]) -> None:
+    """Joined by gloo: they take the global batches of one rank, and so do 48 and 8 that go on from them."""
+    folder = str(make_token_folder(tmp_path / "tokens", count=1000))
+    alone = TokenArrays(folder, batch_size=192, num_workers=0).training_loader(0, 1)
+    expected: list[list[int]] = []
+    while len(expected) < 9:
+        expected += [batch["index"].tolist() for batch in alone]
+    state, taken = None, []
+    # Global batches of 192: five in an epoch.
+    for cluster, steps in ((Cluster(64, 3), 3), (Cluster(48, 2, 2), 4), (Cluster(8, 24), 2)):
+        where = tmp_path / f"{cluster.ranks} ranks"
+        settings = (folder, cluster.batch_size, cluster.accumulated, steps, state)
+        ranks = on_ranks(cluster.ranks, take_steps, where, *settings)
+        print(f"{cluster.ranks} ranks agree in {1e3 * max(rank['agreement'] for rank in ranks):.2f} ms")
+        assert all(rank["same"] and rank["global"] == ranks[0]["global"] for rank in ranks)
+        taken, state = taken + ranks[0]["global"], ranks[0]["state"]
+    assert taken == expected[:9]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import multiprocessing
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,6 +93,28 @@ def test_a_full_folder_for_temporary_files_is_an_error_and_not_a_hang(
     assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
     with pytest.raises(ValueError, match=r"has no room.* TMPDIR .*No space left on device"):
         list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
+
+
+def test_workers_outlive_a_signal_to_all_processes_of_a_job(
+    make_token_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As `scancel` and preemption of SLURM send it, and not the training itself, which ends them so."""
+    data = TokenArrays(str(make_token_folder(tmp_path / "tokens", count=64)), batch_size=2, num_workers=2)
+    loader = data.training_loader(0, 1)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == 31 and loader.consumed == 32
+
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_the_state_is_the_same_on_every_rank(make_data: Callable[..., ResumableDataModule]) -> None:
@@ -215,18 +239,22 @@ def test_lightning_resumes_in_mid_epoch(
         assert resumed.training_batches == whole.training_batches[cut:], cut
 
 
+@pytest.mark.parametrize("stop", [STEPS, 14])
 def test_lightning_resumes_what_max_steps_stopped(
-    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path, stop: int
 ) -> None:
+    """Saved by the caller of `fit`, who has it stopped behind an epoch, or in one."""
     whole, stopped, resumed = Recorder(), Recorder(), Recorder()
     make_trainer(tmp_path, max_epochs=-1, max_steps=30).fit(whole, datamodule=make_data())
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=14)
+    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=stop)
     trainer.fit(stopped, datamodule=make_data())
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=30)
+    trainer = make_trainer(tmp_path, [ContinueExactly()], max_epochs=-1, max_steps=30)
     trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "stopped.ckpt")
-    assert len(stopped.training_batches) == 14
+    assert len(stopped.training_batches) == stop
     assert stopped.training_batches + resumed.training_batches == whole.training_batches
+    # Lightning counts what `max_steps` cuts short as an epoch.
+    assert trainer.current_epoch == 3 + (stop % STEPS > 0) and trainer.global_step == 30
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

@@ -172,6 +172,7 @@ def run(
     send: dict[str, Any] | None = None,
     spoil: dict[str, Any] | None = None,
     average: bool = False,
+    agree_every: int = 1,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train for two epochs, or resume.
@@ -186,12 +187,14 @@ def run(
         send: arguments of `Signal`.
         spoil: arguments of `Spoil`; such batches are skipped.
         average: keep averaged weights.
+        agree_every: steps from one agreement of the ranks whether to end to the next.
         settings: further arguments of the Trainer.
     """
     seed_everything(0, verbose=False)
     record = Record()
     keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
-    callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
+    preemption = Preemption(every_n_batches=agree_every)
+    callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), preemption, keeper]
     callbacks += [Signal(**send)] if send else []
     callbacks += [ContinueExactly()] if resume else []
     callbacks += [Spoil(**spoil), TrainingGuard(on_nonfinite="skip")] if spoil else []

@@ -10,6 +10,8 @@ by SIGTERM) at a random moment: while it starts, loads its first batch, trains, 
 - every batch of every rank has the samples, in the order and with the augmentation, of a run that nothing interrupted;
 - in the end there is no temporary file and no superseded checkpoint, and the results of `tokenize` and `sample` are
   those of commands that nothing interrupted.
+
+With `--slurm` the trainings are jobs of a cluster, see `slurm.py`.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -68,6 +70,11 @@ class Verdict:
 
 class Series:
     """Commands of one series of kills, in one folder."""
+
+    ranks = RANKS
+    targets = TARGETS
+    writes = True
+    """Whether a `tokenize` and a `sample` are killed too."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -158,9 +165,16 @@ class Series:
         environment = {**os.environ, "PYTHONPATH": path, TOKEN: self.token, "KILLS_ATTEMPT": attempt}
         environment["OMP_NUM_THREADS"] = "1"
         log = (self.folder / f"{attempt}.log").open("w")
-        arguments = [sys.executable, "-m", "discrete_lit", *map(str, command)]
         with log:
-            return subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+            return self.launch([str(word) for word in command], environment, log)
+
+    def launch(self, command: list[str], environment: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-m", "discrete_lit", *command]
+        return subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+    def start_fit(self, ranks: int, *command: Any, attempt: str) -> subprocess.Popen[str]:
+        """Start a training on so many ranks."""
+        return self.start("fit", *command, "--trainer.devices", ranks, attempt=attempt)
 
     def must(self, *command: Any) -> None:
         """Run a command to its end, in this process."""
@@ -197,7 +211,7 @@ class Series:
                     os.kill(number, signal.SIGKILL)
         process.wait()
         # Without a worker a run may go on, and one that was told to end saves first.
-        if killed is not None and "worker" not in killed and "told" not in killed:
+        if killed is not None and not any(word in killed for word in ("worker", "told", "cancelled")):
             self.verdict.silence = max(self.verdict.silence, time.monotonic() - begin)
 
     def fault(self, attempt: str, text: str) -> None:
@@ -216,7 +230,8 @@ class Series:
         return file.read_text().split().count(moment) if file.exists() else 0
 
     def victims(self, process: subprocess.Popen[str], attempt: str, target: str) -> list[int]:
-        ranks, living = self.ranks_of(attempt) or [process.pid], self.processes()
+        living = self.processes()
+        ranks = self.ranks_of(attempt) or self.first_processes(process, living)
         if target == "all":
             return list(living)
         if target == "worker":
@@ -227,9 +242,18 @@ class Series:
             return [self.random.choice(workers)] if workers else [ranks[0]]
         return [ranks[-1] if target == "last rank" else ranks[0]]
 
+    def first_processes(self, process: subprocess.Popen[str], living: dict[int, tuple[int, str]]) -> list[int]:
+        """The processes of a training none of whose ranks has come to its ledger."""
+        return [process.pid]
+
+    def strike(self, process: subprocess.Popen[str], attempt: str, target: str) -> None:
+        for victim in self.victims(process, attempt, target):
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGTERM if target == "told to end" else signal.SIGKILL)
+
     def kill(self, process: subprocess.Popen[str], attempt: str, *, moments: tuple[str, ...]) -> str | None:
         """Kill something at a random moment: what and when, or None where the command ended before."""
-        moment, target = self.random.choice(moments), self.random.choice(TARGETS)
+        moment, target = self.random.choice(moments), self.random.choice(self.targets)
         if moment in ("start", "loading") and target == "told to end":
             target = "all"  # nothing is trained yet that could be saved
         # A start comes to its loading once.
@@ -246,9 +270,7 @@ class Series:
         if moment != "start" and self.reached(attempt, moment) < times:
             self.fault(attempt, f"did not come to its {moment}:\n{self.log(attempt)}")
             target = "all"
-        for victim in self.victims(process, attempt, target):
-            with suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGTERM if target == "told to end" else signal.SIGKILL)
+        self.strike(process, attempt, target)
         return f"{target}, {moment}"
 
     # The two kinds of command.
@@ -257,7 +279,7 @@ class Series:
         """Train to the end, with at most so many kills; how many there were."""
         run, number, done = self.folder / f"run-{self.attempts}", 0, 0
         while True:
-            ranks = self.random.choice(RANKS)
+            ranks = self.random.choice(self.ranks)
             attempt = f"{name}-{self.attempts}-{number}"
             newest = RunFolder(run).newest_intact(continues=True) if run.exists() else None
             begins = 0 if newest is None else newest[1]["global_step"]
@@ -268,9 +290,9 @@ class Series:
             if ranks == 1 and self.random.random() < 0.5:
                 batch_size, accumulated = batch_size // 2, 2
                 layout = state.get("layout") or {"batch_size": batch_size, "world_size": 1, "workers": 2}
-            settings = ["--trainer.devices", ranks, "--data.init_args.batch_size", batch_size]
+            settings = ["--config", self.folder / f"{name}.yaml", "--data.init_args.batch_size", batch_size]
             settings += ["--trainer.accumulate_grad_batches", accumulated, "--ckpt_path", "last", "--run_dir", run]
-            process = self.start("fit", "--config", self.folder / f"{name}.yaml", *settings, attempt=attempt)
+            process = self.start_fit(ranks, *settings, attempt=attempt)
             killed = self.kill(process, attempt, moments=MOMENTS) if done < kills else None
             if killed is None:
                 with suppress(subprocess.TimeoutExpired):
@@ -280,7 +302,9 @@ class Series:
             number += 1
             if killed is not None:
                 done += 1
-                told = killed.startswith("told") and process.returncode == 128 + signal.SIGTERM
+                what, moment = killed.split(", ")
+                told = what == "told to end" and process.returncode == 128 + signal.SIGTERM
+                told |= what == "cancelled" and moment not in ("start", "loading")
                 self.verdict.kills[killed] += 1
                 print(f"{attempt} on {ranks}: {killed}, exit {process.returncode}", flush=True)
                 self.check_progress(attempt, run, told=told)
@@ -380,11 +404,12 @@ class Series:
         return int(killed)
 
 
-def run(kills: int, seed: int, folder: Path) -> Verdict:
-    """Make a series of kills in a folder."""
-    series = Series(folder, seed)
+def run(series: Series, kills: int) -> Verdict:
+    """Make so many kills of a series."""
     done = 0
-    kinds = ["tokenizer", "generator", "tokenize", "sample"] if kills > 2 else ["tokenizer", "generator"]
+    kinds = ["tokenizer", "generator"]
+    if kills > 2 and series.writes:
+        kinds += ["tokenize", "sample"]
     while done < kills:
         for name in kinds:
             if done < kills and name in ("tokenize", "sample"):
@@ -399,13 +424,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--slurm", action="store_true", help="trainings alone, as jobs of a cluster of two nodes or more"
+    )
     parser.add_argument("--keep", type=Path, help="a folder to work in, which stays; by default a temporary one")
     given = parser.parse_args()
     folder = given.keep or Path(tempfile.mkdtemp(prefix="kills-"))
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     try:
-        verdict = run(given.kills, given.seed, folder)
+        kind = Series
+        if given.slurm:
+            from kills.slurm import SlurmSeries as kind
+        verdict = run(kind(folder, given.seed), given.kills)
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
