@@ -17,7 +17,10 @@ from discrete_lit.samplers.adjustment import adjustable, with_settings
 
 _MOST_FRAMES = 16
 # Small images are enlarged, with their pixels to be seen.
-_STYLE = "<style>#image img, #steps img {image-rendering: pixelated; width: 100%; object-fit: contain}</style>"
+_STYLE = (
+    "<style>#image img, #steps img {image-rendering: pixelated; width: 100%; object-fit: contain}"
+    " #steps .grid-wrap {max-height: none}</style>"
+)
 _EXTRA = "`demo` needs Gradio: pip install 'discrete-lit[demo]'"
 
 

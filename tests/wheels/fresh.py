@@ -53,7 +53,7 @@ GENERATOR: dict[str, Any] = {
         "class_path": "Masked",
         "init_args": {
             "tokenizer": {
-                "class_path": "from_checkpoint",
+                "class_path": "discrete_lit.tokenizers.from_checkpoint",
                 "init_args": {"checkpoint": "runs/tokenizer/checkpoints/last.ckpt"},
             },
             "image_size": 16,
