@@ -82,9 +82,7 @@ def test_one_of_many_jobs_lays_out(tmp_path: Path) -> None:
     made: list[int] = []
 
     def begin(number: int) -> None:
-        PartsFolder(tmp_path, "sample").begin(
-            Part(number, 6), {"seed": 1, "size": (8, 8)}, lambda: made.append(number)
-        )
+        PartsFolder(tmp_path, "sample").begin(Part(number, 6), {"seed": 1, "size": (8, 8)}, lambda: made.append(number))
 
     def finish(number: int) -> None:
         PartsFolder(tmp_path, "sample").finish(Part(number, 6), {"sha256": str(number)})
