@@ -351,7 +351,7 @@ def reference_from_images(
     if all(gather_objects(kept_moments.is_file() and kept_features.is_file())):
         try:
             features = _read_features(kept_features, extractor.dim)
-            moments = Moments.load(kept_moments, extractor, features=features)
+            moments = Moments.load(kept_moments, extractor)
             return Reference(name=name, sha256=sha256, moments=moments, features=features)
         except ValueError as error:
             _log.warning("computing the reference again: %s", error)

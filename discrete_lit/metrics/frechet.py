@@ -99,15 +99,13 @@ class Moments:
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, **arrays, **known)
 
-    def check(self, what: str, features: Tensor | None = None) -> None:
+    def check(self, what: str) -> None:
         """Refuse what is no mean and covariance of finite features.
 
         The eigenvalues are looked at once: moments are not changed after they were checked.
 
         Args:
             what: names the moments in the error.
-            features: `(count, D)`, those that these should be the moments of. A covariance of few images that is theirs
-                needs no look at its eigenvalues, which takes longer than to compute it again; any other is looked at.
 
         Raises:
             ValueError: values that are not finite, or too large for a finite distance; a covariance that is not
@@ -134,13 +132,6 @@ class Moments:
         if self.rank == self.dim and not _lowest_is_below(self.covariance, -rounding):
             self._is_covariance = True
             return
-        if features is not None and self.rank < self.dim:
-            self.factor_by(features)
-            if self.factor is not None:
-                if float((self.factor @ self.factor.T - self.covariance).abs().max()) <= rounding:
-                    self._is_covariance = True
-                    return
-                self.factor = None
         values = torch.linalg.eigvalsh(self.covariance)
         if float(values[0]) < -rounding:
             raise ValueError(
@@ -163,14 +154,13 @@ class Moments:
             self.factor = (features.double() - self.mean).T / (self.count - 1) ** 0.5
 
     @staticmethod
-    def load(path: str | Path, extractor: FeatureSource | None = None, *, features: Tensor | None = None) -> Moments:
+    def load(path: str | Path, extractor: FeatureSource | None = None) -> Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
 
         Args:
             path: the file.
             extractor: whose features the moments must be of, by their width; any by default. Of a `FeatureSpace` of
                 spatial features, `mu_s` and `sigma_s` are read.
-            features: `(n, D)` that were kept of the same images; see `check`.
 
         Raises:
             ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
@@ -219,7 +209,7 @@ class Moments:
                 raise ValueError(f"{name}: {key!r} is of {array.dtype}, it must be of real numbers")
         mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays.values())
         moments = Moments(mean, covariance, **facts)
-        moments.check(name, features)
+        moments.check(name)
         return moments
 
 

@@ -289,25 +289,6 @@ def test_eigenvalues_are_looked_at_once_and_of_sums_never(tmp_path, monkeypatch)
         frechet_distance(own.compute(), reference)
 
 
-def test_a_covariance_of_its_features_needs_no_eigenvalues(tmp_path, monkeypatch):
-    features = torch.from_numpy(random_features(5, 8, 0)).float()
-    stored = moments_of(features.double().numpy())
-    stored.save(tmp_path / "moments.npz")
-    looked = []
-    original = torch.linalg.eigvalsh
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *given: looked.append(given) or original(*given))
-    known = Moments.load(tmp_path / "moments.npz", features=features)
-    assert looked == [] and known.factor is not None and torch.equal(known.covariance, stored.covariance)
-    # Of other features, or of a part of them, it is looked at; and refused where it is no covariance.
-    for others in (features.flip(1), features[:4]):
-        assert Moments.load(tmp_path / "moments.npz", features=others).factor is None
-    assert len(looked) == 2
-    stored.covariance[3, 3] = -1
-    stored.save(tmp_path / "moments.npz")
-    with pytest.raises(ValueError, match="a covariance has none below 0"):
-        Moments.load(tmp_path / "moments.npz", features=features)
-
-
 @pytest.mark.parametrize(("mean", "scale"), [(0, 1e200), (0, 1e308), (1e155, 1)])
 def test_moments_whose_distance_is_not_finite_are_refused(mean, scale):
     large = Moments(torch.full((3,), mean, dtype=torch.float64), torch.eye(3).double() * scale)
