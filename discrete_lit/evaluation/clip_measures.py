@@ -53,7 +53,7 @@ class ClipFeatureSource(FeatureSource, Protocol):
 
 @dataclass(frozen=True)
 class ClipInstruments:
-    """What a set of clips is measured by.
+    """The extractors, references and judges that measure sets of clips.
 
     Args:
         extractors: of features of clips.
