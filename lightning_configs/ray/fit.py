@@ -11,6 +11,7 @@ RAY_ADDRESS names a cluster; without it Ray starts one on this machine.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def train(settings: dict[str, Any]) -> None:
     from discrete_lit.cli.commands import main
 
     os.chdir(settings["folder"])  # what paths are relative to, on every node
-    own = ["--trainer.strategy", "ray.train.lightning.RayDDPStrategy", "--trainer.num_nodes", "1"]
-    own += ["--trainer.plugins", "ray.train.lightning.RayLightningEnvironment", "--trainer.devices", "1"]
+    own = ["--trainer.num_nodes", "1", "--trainer.devices", "1"]
+    for setting, name in (("strategy", "RayDDPStrategy"), ("plugins", "RayLightningEnvironment")):
+        own += [f"--trainer.{setting}", json.dumps({"class_path": f"ray.train.lightning.{name}"})]
     try:
         main(["fit", *settings["arguments"], *own, "--ckpt_path", "last"])
     except SystemExit as end:
