@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from discrete_lit.callbacks.image_grids import as_in_validation, shards_weights
-from discrete_lit.callbacks.media import log_picture, log_sound
+from discrete_lit.callbacks.logged_media import log_picture, log_sound
 from discrete_lit.core.audio import to_int16
 from discrete_lit.generators import Generator
 from discrete_lit.metrics.spectral import spectrogram_image

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from discrete_lit.callbacks.media import log_gif, log_picture
+from discrete_lit.callbacks.logged_media import log_gif, log_picture
 from discrete_lit.core.images import MODALITIES, displayable, frames_of, to_uint8
 from discrete_lit.core.moving_pictures import clips_side_by_side, gif_bytes
 from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder, Unified

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from discrete_lit.callbacks.image_grids import as_in_validation
-from discrete_lit.callbacks.media import log_picture
+from discrete_lit.callbacks.logged_media import log_picture
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, SuperResolution, Unified

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from discrete_lit.callbacks.media import log_text
+from discrete_lit.callbacks.logged_media import log_text
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.host_copies import HostCopy

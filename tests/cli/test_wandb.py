@@ -16,7 +16,7 @@ from helpers.tiny_runs import TOKENIZER, run, write_settings
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from discrete_lit.callbacks import media
+from discrete_lit.callbacks import logged_media
 
 RECIPE = ROOT / "lightning_configs" / "trainer" / "wandb.yaml"
 
@@ -100,10 +100,10 @@ def test_clips_sounds_and_texts(runs: list[Run]) -> None:
     from lightning.pytorch.loggers import WandbLogger
 
     trainer = Trainer(accelerator="cpu", logger=WandbLogger(), enable_checkpointing=False, enable_progress_bar=False)
-    media.log_picture(trainer, "grey", np.full((2, 3, 1), 7, np.uint8))
-    media.log_gif(trainer, "clip", b"GIF89a", size=(2, 3, 3))
-    media.log_sound(trainer, "sound", np.zeros(5, np.float32), sample_rate=8000)
-    media.log_text(trainer, "alarm", "the loss is nan")
+    logged_media.log_picture(trainer, "grey", np.full((2, 3, 1), 7, np.uint8))
+    logged_media.log_gif(trainer, "clip", b"GIF89a", size=(2, 3, 3))
+    logged_media.log_sound(trainer, "sound", np.zeros(5, np.float32), sample_rate=8000)
+    logged_media.log_text(trainer, "alarm", "the loss is nan")
     (begun,) = runs
     ((grey,),), ((clip,),), ((sound,),) = (begun.logged(tag) for tag in ("grey", "clip", "sound"))
     assert grey.content[0].mode == "L" and grey.content[0].size == (3, 2) and grey.content[0].getpixel((0, 0)) == 7
