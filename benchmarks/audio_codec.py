@@ -36,7 +36,7 @@ def both_models() -> tuple[EnCodec, Any]:
     from transformers import EncodecConfig, EncodecModel
 
     torch.manual_seed(0)
-    theirs = EncodecModel(EncodecConfig()).eval()
+    theirs: Any = EncodecModel(EncodecConfig()).eval()
     with torch.no_grad():
         for layer in theirs.quantizer.layers:
             layer.codebook.embed.normal_()

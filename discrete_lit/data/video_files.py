@@ -181,10 +181,11 @@ class ContainerReader(FrameReader):
 
     def _opened(self) -> Any:
         import av
+        from av.error import FFmpegError
 
         try:
             return av.open(io.BytesIO(self.data), mode="r", format=self.container)
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise UndecodableSample(
                 f"{_CONTAINERS[self.container]} that is damaged or cut short: {error.strerror}"
             ) from error

@@ -85,7 +85,8 @@ class ImageClassifier(LightningModule):
     def feature_dim(self) -> int:
         """Width of what the last layer reads."""
         made: Any = self.network
-        return int((made[-1] if isinstance(made, nn.Sequential) else made.get_classifier()).in_features)
+        last: Any = made[-1] if isinstance(made, nn.Sequential) else made.get_classifier()
+        return int(last.in_features)
 
     def _checked(self, images: Tensor) -> Tensor:
         check_channels(images, self.image_channels, "this ImageClassifier")
