@@ -23,9 +23,9 @@ from training_proof.crops import (
     random_crop,
     random_resized_crop,
 )
-from training_proof.losses import D3PM, d3pm
+from training_proof.losses import D3PM, LOSSES, d3pm
 from training_proof.published import BY_FORMULA, PUBLISHED, Golden, published
-from training_proof.recipes import model_of, recipes
+from training_proof.recipes import build, model_of, recipes
 
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.random import CounterRandom
@@ -101,7 +101,7 @@ def test_what_the_cases_compare(case: Case) -> None:
 def test_formulas_of_all_recipes_that_name_one() -> None:
     named = {id(published(recipe)) for recipe in recipes() if BY_FORMULA in written_cells(recipe)["loss and gradient"]}
     said = {id(law) for law in PUBLISHED.values() if BY_FORMULA in str(law.golden)}
-    tested = [published(recipe) for recipe in D3PM]
+    tested = [published(recipe) for recipe in (*LOSSES, *D3PM)]
     assert named == said and {law.golden for law in PUBLISHED.values() if id(law) in said} == {
         law.golden for law in tested if law is not None
     }
@@ -132,6 +132,21 @@ def assert_equal_losses(ours: Tensor, logits: Tensor, theirs: Any, scale: float 
     assert logits.grad is not None and expected.abs().max() > 0
     largest = float(expected.abs().max())
     torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-4, atol=1e-4 * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LOSSES)
+def test_losses_by_formula(recipe: str) -> None:
+    """Of the recipe's own settings, in a narrow network; its orders and masks are its own draws."""
+    generator: Any = build(recipe, tiny=True)
+    data = torch.randint(generator.vocab_size, (2, *generator.token_shape), generator=torch.Generator().manual_seed(0))
+    loss, read, logits = recorded_step(generator, data, torch.tensor([0, 1]))
+    ids = generator.to_sequence(data)
+    if getattr(generator, "random", False):  # RAR's orders: what is read is all but the last
+        ids = ids.gather(1, generator._training_orders(CounterRandom(1, torch.arange(2))))
+        assert torch.equal(read, ids[:, :-1])
+    masked = read == generator.backbone.layout.mask_id if read.shape == ids.shape else torch.zeros_like(ids).bool()
+    assert_equal_losses(loss, logits, lambda leaf: LOSSES[recipe](leaf, ids, masked))
 
 
 STEPS, LEVELS = 6, 5

@@ -47,7 +47,7 @@ from discrete_lit.diffusion.schedules import MaskSchedule
 LossKind = Literal["bound", "not a bound"]
 
 LastLaw = Literal["chain", "prediction"]
-"""What gives p(x_0 | x_t) of the step that goes back to the data, see `DiscreteTimeBound`."""
+"""The law p(x_0 | x_t) of the step that goes back to the data, see `DiscreteTimeBound`."""
 
 
 class DiffusionLoss(ABC):

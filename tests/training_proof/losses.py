@@ -1,9 +1,17 @@
-"""D3PM's training loss in closed form, given the logits; nothing of it comes from our own code.
+"""The authors' training losses of generators in closed form, given the logits; nothing of it comes from our own code.
 
-Its scale is the published one, on which a clip of the gradient's norm acts (`diffusion_categorical.py`): bits of a
-dimension of one step, KL(q(x_s | x_t, x_0) || p(x_s | x_t)) or, at the first step, the cross-entropy of x_0. The hybrid
-loss adds 0.001 times that at every step, of all dimensions. Left out are the 1e-6 inside its logarithms, and that its
-last beta of the cosine is 0.999, not 1.
+Where the golden cases have logits and no loss, equal logits and an equal function of them are an equal loss. Each
+function is in float64, with the published scale: a clip of the gradient's norm acts on that.
+
+- LlamaGen, RAR, taming's GPT: the mean cross-entropy of all ids. VAR: the sum over an image's ids, each with the weight
+  1 / N, and the mean over images.
+- TiTok's generator (`MLMLoss` of 1d-tokenizer): cross-entropies with smoothed labels, by weights of 1 where ids are
+  masked and 0.1 elsewhere, over the sum of the weights + 1e-8.
+- MaskBit (`MLMLoss`, `sum_splits: False`): the mean over all groups of bits, masked or not, with smoothed labels.
+- Halton-MaskGIT: the mean over all ids; its softmax has the mask's logit too, which is left out here.
+- D3PM (`diffusion_categorical.py`): bits of a dimension of one step, KL(q(x_s | x_t, x_0) || p(x_s | x_t)) or, at the
+  first step, the cross-entropy of x_0; the hybrid loss adds 0.001 times that at every step, of all dimensions. Left
+  out are the 1e-6 inside its logarithms, and that its last beta of the cosine is 0.999, not 1.
 """
 
 from collections.abc import Callable
@@ -12,11 +20,45 @@ from math import cos, log, pi
 import torch
 from torch import Tensor
 
+SMOOTHING = 0.1
 
-def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """Give -log p of each id, `(B, N)`."""
+
+def cross_entropy(logits: Tensor, ids: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-sum_k y_k log p_k of labels y that give each id the share `smoothing / K`: `(B, N)`."""
     log_p = logits.double() - logits.double().exp().sum(dim=-1, keepdim=True).log()
-    return -log_p.gather(-1, ids[..., None])[..., 0]
+    target = torch.nn.functional.one_hot(ids, logits.shape[-1]).double()
+    target = (1 - smoothing) * target + smoothing / logits.shape[-1]
+    return -(target * log_p).sum(dim=-1)
+
+
+def mean_of_all(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
+    return cross_entropy(logits, ids).mean()
+
+
+def mean_of_images(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
+    return (cross_entropy(logits, ids) / ids.shape[1]).sum(dim=1).mean()
+
+
+def smoothed_mean_of_all(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
+    return cross_entropy(logits, ids, SMOOTHING).mean()
+
+
+def masked_mean(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
+    weights = torch.where(masked, 1.0, 0.1).double()
+    return (cross_entropy(logits, ids, SMOOTHING) * weights).sum() / (weights.sum() + 1e-8)
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# By recipe: from logits `(B, N, K)`, ids and masks `(B, N)` to the loss.
+LOSSES: dict[str, Loss] = {
+    "generators/llamagen_b_imagenet256": mean_of_all,
+    "generators/rar_b_imagenet256": mean_of_all,
+    "generators/taming_gpt_imagenet256": mean_of_all,
+    "generators/var_d16_imagenet256": mean_of_images,
+    "generators/titok_l32_generator_imagenet256": masked_mean,
+    "generators/maskbit_14bit_imagenet256": smoothed_mean_of_all,
+    "generators/halton_b_imagenet256": mean_of_all,
+}
 
 
 def absorbing_kernels(states: int, steps: int) -> Tensor:

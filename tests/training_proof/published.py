@@ -22,6 +22,7 @@ NOT_PUBLISHED = "not published"
 OURS = "our choice"
 # Of `training_proof.losses`.
 BY_FORMULA = "the loss and its gradient by their formula"
+LOGITS = f"logits; {BY_FORMULA}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ _TITOK_STAGE_1 = Published(
     weights=initial.TITOK,
 )
 _LLAMAGEN = Published(
-    golden=Golden(family="llamagen_gpt_c2i", losses=(), outputs="logits"),
+    golden=Golden(family="llamagen_gpt_c2i", losses=(), outputs=LOGITS),
     rate=1e-4,
     schedule=laws.constant(),
     clip=1.0,
@@ -163,7 +164,7 @@ _IBQ_AR = Published(
     weights=initial.IBQ,
 )
 _VAR_D16 = Published(
-    golden=Golden(family="var_transformer", losses=(), outputs="logits"),
+    golden=Golden(family="var_transformer", losses=(), outputs=LOGITS),
     rate=3e-4,
     schedule=laws.var_line(4, 200, 768, 0.1),
     clip=2.0,
@@ -332,7 +333,7 @@ PUBLISHED: dict[str, Published] = {
         weights=_SEDD.weights,
     ),
     "generators/halton_*": Published(
-        golden=Golden(family="halton_maskgit", losses=(), outputs="logits"),
+        golden=Golden(family="halton_maskgit", losses=(), outputs=LOGITS),
         rate=1e-4,
         schedule=laws.last_tenth(2500, 1_500_000),
         clip=1.0,
@@ -362,7 +363,7 @@ PUBLISHED: dict[str, Published] = {
     "generators/llamagen_*": _LLAMAGEN,
     "generators/mar_*": _MAR,
     "generators/maskbit_*": Published(
-        golden=Golden(family="maskbit_lfqbert", losses=(), outputs="logits"),
+        golden=Golden(family="maskbit_lfqbert", losses=(), outputs=LOGITS),
         rate=1e-4,
         schedule=laws.cosine(5000, 1_350_000, 0.1),
         clip=1.0,
@@ -391,7 +392,7 @@ PUBLISHED: dict[str, Published] = {
         crop=crops.center_crop,
     ),
     "generators/rar_*": Published(
-        golden=Golden(family="rar", losses=(), outputs="logits"),
+        golden=Golden(family="rar", losses=(), outputs=LOGITS),
         rate=4e-4,
         schedule=laws.cosine(62_500, 250_000, 0.025),
         clip=1.0,
@@ -404,7 +405,7 @@ PUBLISHED: dict[str, Published] = {
     "generators/sedd_uniform": replace(_SEDD, golden=Golden(family="sedd_uniform")),
     "generators/sedd_*": _SEDD,
     "generators/taming_gpt_*": Published(
-        golden=Golden(family="taming_net2net", losses=(), outputs="logits"),
+        golden=Golden(family="taming_net2net", losses=(), outputs=LOGITS),
         rate=4.5e-6 * 64,
         schedule=laws.constant(),
         decay=0.01,
@@ -414,7 +415,7 @@ PUBLISHED: dict[str, Published] = {
         weights=initial.TAMING,
     ),
     "generators/titok_l32_generator_*": Published(
-        golden=Golden(family="titok_imagebert", losses=(), outputs="logits"),
+        golden=Golden(family="titok_imagebert", losses=(), outputs=LOGITS),
         rate=2e-4,
         schedule=laws.cosine(10_000, 500_000, 0.05),
         clip=1.0,
