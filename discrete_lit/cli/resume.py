@@ -17,6 +17,7 @@ from discrete_lit.core.lightning_internals import (
     count_batches_of_epoch,
     count_log_steps_from,
     end_finished_epoch,
+    note_resumed_step,
 )
 from discrete_lit.core.trust import printable
 from discrete_lit.data.data_module import ResumableDataModule
@@ -95,13 +96,14 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
 
 
 class ContinueExactly(Callback):
-    """Makes up for four slips of Lightning 2.6 at a resume.
+    """Makes up for five slips of Lightning 2.6 at a resume.
 
     From a checkpoint written at the end of an epoch, or behind it by who called `fit`, under `max_steps`, it would
     train one more batch in that epoch and then lose the rest of the next. Where the data, the batch size or the ranks
     changed between two epochs, it would take an epoch that had fewer batches for unfinished. Inside an epoch, where a
     global batch is made of more or fewer batches than before, it would count on as if they were as large. And it counts
-    the steps of the log apart from `global_step`, after some resumes from one too far: a gap in every curve.
+    the steps of the log apart from `global_step`, after some resumes from one too far: a gap in every curve. Where
+    gradients are accumulated a ModelCheckpoint would save the step of the resume again, inside the next one.
     """
 
     def __init__(self) -> None:
@@ -113,6 +115,7 @@ class ContinueExactly(Callback):
             count_batches_of_epoch(trainer, batches)
         end_finished_epoch(trainer)
         begin_next_epoch(trainer)
+        note_resumed_step(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Several optimizers in manual optimization count several global steps for a batch.

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT as PrecisionInput
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import Strategy
@@ -83,6 +84,17 @@ def begin_next_epoch(trainer: Trainer) -> None:
     fit_loop.reset_restart_stage()
     fit_loop._restarting = False
     fit_loop.epoch_loop.restarting = False
+
+
+def note_resumed_step(trainer: Trainer) -> None:
+    """Let no ModelCheckpoint save again the step that a run goes on from, in `on_train_start` after a resume.
+
+    There is no public way: it forgets the step that it saved last, and where gradients are accumulated it would save
+    behind the first batch, inside an optimizer step.
+    """
+    for keeper in trainer.checkpoint_callbacks:
+        if trainer.ckpt_path is not None and isinstance(keeper, ModelCheckpoint):
+            keeper._last_global_step_saved = trainer.global_step
 
 
 def end_finished_epoch(trainer: Trainer) -> None:

@@ -257,6 +257,20 @@ def test_lightning_resumes_what_max_steps_stopped(
     assert trainer.current_epoch == 3 + (stop % STEPS > 0) and trainer.global_step == 30
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list`:UserWarning")
+def test_nothing_is_saved_inside_the_first_step_of_a_resume(
+    make_token_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokens = str(make_token_folder(tmp_path / "tokens", count=48))
+    trainer = make_trainer(tmp_path, [SaveAt(tmp_path, (3,))], max_steps=3, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(Recorder(), datamodule=TokenArrays(tokens, batch_size=4, num_workers=0))
+    keeper = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = make_trainer(tmp_path, [keeper, ContinueExactly()], max_steps=6, max_epochs=-1, accumulate_grad_batches=2)
+    data = TokenArrays(tokens, batch_size=2, num_workers=0)
+    trainer.fit(Recorder(), datamodule=data, ckpt_path=tmp_path / "3.ckpt")
+    assert os.listdir(tmp_path / "kept") == ["step=6.ckpt"]
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize(("at_epoch_end", "steps"), [(True, {10, 20}), (False, {5, 10, 15, 20, 25})])
 def test_lightning_resumes_from_what_model_checkpoint_saved(
