@@ -28,9 +28,9 @@ class AudioFeatures(nn.Module, ABC):
     dim: int
     """Width of the features."""
     sample_rate: int
-    """Of the waveforms that it takes, in hertz; others are refused."""
+    """Samples a second of the waveforms that it takes; others are refused."""
     protocol: str
-    """What it does with a waveform, in words."""
+    """How a waveform becomes features, in words."""
     weights_sha256: str = NO_WEIGHTS
     """SHA-256 of the weights: two distances are comparable only if it agrees."""
     part: str = POOL

@@ -117,7 +117,7 @@ class ChunkedEnCodec(EnCodec):
         raise ValueError("ChunkedEnCodec decodes whole chunks, which decode takes one or several at a time")
 
     def coding_state(self) -> dict[str, Tensor]:
-        """What that of `EnCodec` holds, and the settings of the chunks."""
+        """The state of an `EnCodec`, and the settings of the chunks."""
         of_chunks = torch.tensor((self.chunk_length, self.overlap, self.loudness), dtype=torch.float64)
         return super().coding_state() | {"chunks": of_chunks}
 
