@@ -18,6 +18,7 @@ from discrete_lit.backbones.backbone import Backbone, SequenceLayout
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
+from discrete_lit.core.synchronisation import on_device
 
 _WAVES_BASE = 10000.0
 
@@ -184,10 +185,7 @@ class UViT(Backbone):
             places = torch.arange(vectors.shape[1], device=vectors.device).clamp(max=1)
             vectors = torch.where(nothing[..., None], self.no_text[places], vectors)
             mask = (given.context_mask | nothing)[:, None, None, 1:]
-        numbers = torch.tensor(self.micro_conditions, dtype=torch.float64)
-        waves = _WAVES_BASE ** -(torch.arange(self.micro_waves, dtype=torch.float64) / self.micro_waves)
-        angles = numbers[:, None] * waves
-        micro = torch.cat((angles.cos(), angles.sin()), dim=1).flatten().to(vectors)
+        micro = on_device(_waves_of, tuple(self.micro_conditions), self.micro_waves, device=vectors.device).to(vectors)
         pooled = self.pooled_embedding(torch.cat((vectors[:, 0], micro.expand(len(vectors), -1)), dim=1))
         return self.text_norm(self.text_embedding(vectors[:, 1:])), pooled, mask
 
@@ -334,6 +332,13 @@ class PlainAttention(nn.Module):
         key, value = rearrange(self.key_value(seen), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+def _waves_of(numbers: tuple[float, ...], waves: int) -> Tensor:
+    """Embed numbers by cosines, then sines, each: `(2 waves n,)` float64."""
+    frequencies = _WAVES_BASE ** -(torch.arange(waves, dtype=torch.float64) / waves)
+    angles = torch.tensor(numbers, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1).flatten()
 
 
 def _over_channels(norm: Norm, x: Tensor) -> Tensor:  # (B, C, H, W)
