@@ -56,8 +56,8 @@ def evaluate_video(
         num_reference: clips of the reference, the first ones; all by default.
         samples: name in the table to the `samples.npz` of `discrete-lit sample`.
         reconstructions: name in the table to the checkpoint of a tokenizer of clips.
-        continuations: name in the table to the `samples.npz` that `discrete-lit sample` drew with `known`, on the tokens of
-            the same validation clips: sample i is compared with clip i.
+        continuations: name in the table to the `samples.npz` that `discrete-lit sample` drew with `known` on the tokens
+            of the same validation clips: sample i is compared with clip i.
         extractor: of features of single frames; EfficientNetLite0 by default.
         i3d_weights: I3D's file in the layout of pytorch-i3d, `rgb_imagenet.pt`, for FVD; clips of nine frames or more.
         classifier: checkpoint of an `ImageClassifier` of single frames, such as one trained with `image_share: 1.0`.
