@@ -22,6 +22,7 @@ from torch import Tensor, nn
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 _Module = TypeVar("_Module", bound=nn.Module)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def whole_batch_terms(module: nn.Module) -> list[str]:
             continue
         if isinstance(part, OfWholeBatch):
             found += part.whole_batch_terms()
-        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(part, _BATCH_NORMS):
             found.append("batch norms")
     return list(dict.fromkeys(found))
 
