@@ -257,7 +257,13 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
         DiscreteDiffusion, process=UniformProcess, loss=ContinuousBound(), **TIMED
     ),
     "DiscreteDiffusion, hybrid": lambda: on_grid(
-        DiscreteDiffusion, process=lambda size: HybridProcess(size, 0.5), loss=ContinuousBound(), **TIMED
+        # Learned positions tell elements apart also in a sequence of equal ids, where a sampler would have to choose
+        # between elements that only rounding tells apart.
+        DiscreteDiffusion,
+        process=lambda size: HybridProcess(size, 0.5),
+        loss=ContinuousBound(),
+        backbone=network(conditioning="adaln"),
+        time_input="time",
     ),
     "DiscreteDiffusion, Gaussian": lambda: on_grid(
         DiscreteDiffusion,
