@@ -158,6 +158,12 @@ def scale_losses(
     return logits.logsumexp(dim=-1) - logits.gather(2, ids[owner][..., None])[..., 0], owner
 
 
+def without_prior(losses: Mapping[str, SegmentLosses]) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the losses of all segments as validation takes them: values, weights, and a prior term of 0, each `(L,)`."""
+    values = torch.cat([each.values for each in losses.values()])
+    return values, torch.cat([each.weights for each in losses.values()]), torch.zeros_like(values)
+
+
 def mean_loss(
     losses: Mapping[str, SegmentLosses], *, island_weight: float, z_loss: float
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:

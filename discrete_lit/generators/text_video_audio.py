@@ -28,7 +28,7 @@ from discrete_lit.checkpoints import loadable
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, mean_loss
+from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, mean_loss, without_prior
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.samplers.segment_by_segment import SegmentSampler
@@ -414,9 +414,7 @@ class TextVideoAudio(ClassConditionalTraining):
     ) -> tuple[Tensor, Tensor, Tensor]:
         nobody = torch.zeros(len(data), dtype=torch.bool, device=condition.device)
         losses = self.output_losses(data, condition, voiced=nobody)
-        values = torch.cat([each.values for each in losses.values()])
-        weights = torch.cat([each.weights for each in losses.values()])
-        return values, weights, torch.zeros_like(values)
+        return without_prior(losses)
 
     @torch.no_grad()
     @in_evaluation

@@ -49,6 +49,7 @@ from discrete_lit.generators.segment_losses import (
     masked_losses,
     mean_loss,
     scale_losses,
+    without_prior,
 )
 from discrete_lit.generators.text_and_image import CaptionIds, split_thoughts, text_and_image_layout
 from discrete_lit.generators.text_and_image_sequences import NullText, TextAndImageSequences
@@ -469,9 +470,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         self, data: Tensor, condition: CaptionIds, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = self.segment_losses(data, condition, random)
-        values = torch.cat([each.values for each in losses.values()])
-        weights = torch.cat([each.weights for each in losses.values()])
-        return values, weights, torch.zeros_like(values)
+        return without_prior(losses)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
