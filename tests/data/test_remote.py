@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -39,12 +39,18 @@ class Server(ThreadingHTTPServer):
         self.trouble: list[str] = []
         self.ranges: list[str | None] = []
         self.sent = 0
+        self.counting = Lock()
         self.ended = Event()
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/shard.tar"
+
+    def count(self, more: int) -> None:
+        """Add to the bytes that were sent; every request has a thread of its own."""
+        with self.counting:
+            self.sent += more
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,11 +86,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(server.content)}")
         self.end_headers()
         body = body[: len(body) // 3] if kind in ("drop", "stall") else body
+        # Before it is sent: whoever has it all may look at once.
+        server.count(len(body))
         try:
             self.wfile.write(body)
         except OSError:  # whoever asked has seen enough
+            server.count(-len(body))
             return
-        server.sent += len(body)
         if server.then is not None:
             server.content, server.version = server.then
         if kind == "stall":

@@ -27,6 +27,10 @@ NO_PLACE = {
 }
 COMPARED: Compared = {}
 TOLERANCE = 1e-4
+# The reference decodes this one in channels-last memory, where torch's GroupNorm on a CPU loses half of float32's digits
+# to channels with means far above their deviations: its own image is 2.6e-3 from the same network's in float64, ours
+# 1e-6. Its "decoded_bits" come from plain memory and are held to TOLERANCE.
+TOLERANCES = {("bitdance_ae", "reconstruction"): 4e-3}
 
 
 def channels_first(vectors: Tensor) -> Tensor:
@@ -316,13 +320,8 @@ def va_vae(load: Load, case: Case) -> Tensors:
 
 
 def bitdance_ae(load: Load, case: Case) -> Tensors:
-    """Ids, signs and images; the decoder is given its codes in the reference's layout of memory.
-
-    Behind its adaptive norms channels have means far above their deviations, where torch's GroupNorm of channels-last
-    tensors on a CPU loses half of float32's digits. The reference's codes of images are channels-last, given ones not.
-    """
+    """Ids, signs and images, decoded in plain memory, where GroupNorm is exact."""
     module = load()
-    channels_last = {"memory_format": torch.channels_last}
     ids = module.encode(case.inputs["x"])
     groups = case.constructor["num_codebooks"]
     assert module.quantizer.entropy_groups == groups
@@ -334,7 +333,7 @@ def bitdance_ae(load: Load, case: Case) -> Tensors:
         "h": module.network.encode(case.inputs["x"]),
         "quant": module.embed(ids),
         "indices": parts,
-        "reconstruction": module.network.decoder(module.embed(ids).contiguous(**channels_last)),
+        "reconstruction": module.network.decoder(module.embed(ids).contiguous()),
         "decoded_bits": module.network.decoder(case.inputs["bits"].contiguous()),
         "indices_to_bits": module.quantizer.lookup(whole),
     }

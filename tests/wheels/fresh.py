@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "discrete_lit", "lightning_configs")
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = ("audio", "bench", "demo", "docs", "imagenet", "offline", "s3", "site", "text", "video")
+EXTRAS = ("audio", "bench", "demo", "docs", "imagenet", "offline", "ray", "s3", "site", "text", "video")
 """All but `dev`, which is for a checkout."""
 
 _IMAGES = """
