@@ -3,6 +3,7 @@
 The factories import the package when they are called, so that tests of other parts do not pay for importing Lightning.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,19 @@ from torch import nn
 torch.set_num_threads(1)
 # Before anything imports them: a failing assertion of theirs shows its values too.
 pytest.register_assert_rewrite("helpers")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_but(count)`: the fast tests have the first cases of a test, `make test-slow` has the rest."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("slow_but")
+        if marker is not None:
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

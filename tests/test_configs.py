@@ -537,7 +537,20 @@ def write_base(model: dict[str, Any], file: Path) -> None:
     model["init_args"]["discrete"]["init_args"]["checkpoint"] = str(file)
 
 
-@pytest.mark.parametrize("config", WHOLE)
+def first_of_each_kind(configs: list[str]) -> list[Any]:
+    """The recipes as cases: the first of each class of model, network and quantizer, and the others as slow ones."""
+    kinds = []
+    for config in configs:
+        model = layered(config)["model"]
+        parts = model, model["init_args"].get("backbone"), model["init_args"].get("quantizer")
+        kinds.append(tuple((part or {}).get("class_path", "").rpartition(".")[2] for part in parts))
+    return [
+        pytest.param(config, marks=() if kinds.index(kind) == place else pytest.mark.slow)
+        for place, (config, kind) in enumerate(zip(configs, kinds, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("config", first_of_each_kind(WHOLE))
 def test_models_fit_reload_and_sample(
     config: str,
     images: Path,
@@ -562,15 +575,19 @@ def test_models_fit_reload_and_sample(
     clip_tokens: Path,
     sounds: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
 
     import discrete_lit
+    from discrete_lit.callbacks import Throughput
     from discrete_lit.cli.commands import main
     from discrete_lit.evaluation.classifier import load_classifier
     from discrete_lit.generators import TokenDiffusionDecoder
     from discrete_lit.tokenizers import ContinuousTokenizer
 
+    # A quarter of the time, and tested in tests/callbacks/test_throughput.py.
+    monkeypatch.setattr(Throughput, "_flops", lambda *_: 0)
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
     kind = settings["model"]["class_path"].rpartition(".")[2]
@@ -680,7 +697,7 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, An
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("config", MODELS + LAYERS)
+@pytest.mark.parametrize("config", first_of_each_kind(MODELS) + LAYERS)
 def test_the_command_of_the_comment_parses_at_full_size(
     config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,6 +777,7 @@ def test_recipes_name_classes_by_their_short_names() -> None:
     assert {path for path in named if "." in path} <= {f"discrete_lit.{name}" for name in functions}
 
 
+@pytest.mark.slow
 def test_a_fresh_fit_knows_every_short_name() -> None:
     """In a process of its own, where no test has imported anything: a name is known once its module is imported."""
     recipes = [config for config in CONFIGS if config in MODELS + LAYERS or config.startswith(PARTS)]

@@ -24,6 +24,7 @@ from discrete_lit import load
 from discrete_lit.checkpoints import instantiate
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.ddp,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
 ]

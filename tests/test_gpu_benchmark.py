@@ -76,6 +76,7 @@ def state_of(process: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_part_that_fails_takes_no_other_along(tmp_path: Path, start: str) -> None:
     script, child, output = tmp_path / "script.py", tmp_path / "child", tmp_path / "results"

@@ -62,6 +62,7 @@ def test_an_old_checkpoint_gives_its_old_outputs(checkpoint: Path) -> None:
             assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("checkpoint", FITTED, ids=name_of)
 def test_an_old_run_goes_on(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER)

@@ -27,6 +27,7 @@ from discrete_lit.checkpoints import instantiate, read_checkpoint, save
 from discrete_lit.cli.weights import export_weights
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.ddp,
     pytest.mark.filterwarnings(
         "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning",

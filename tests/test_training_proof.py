@@ -58,6 +58,7 @@ def test_rows(recipe: str) -> None:
     assert table.row(recipe) == written(recipe), COMMAND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", WITHOUT_NETWORKS)
 def test_columns_that_need_no_network(column: str) -> None:
     for recipe in recipes():

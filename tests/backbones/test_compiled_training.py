@@ -64,6 +64,7 @@ def with_dropout(generator: Generator) -> Generator:
     return generator
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_one_graph_and_the_same_gradients(name: str) -> None:
     generator = make_generator(name).train()

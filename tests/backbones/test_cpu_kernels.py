@@ -175,6 +175,7 @@ def test_attention_of_recorded_gradients_is_in_float32(switch: str, monkeypatch:
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-2)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(("value", "printed"), [("0", "False"), ("1", "True"), (None, "True"), ("no", None)])
 def test_the_switch_is_read_from_the_environment(value: str | None, printed: str | None) -> None:
     environment = {name: own for name, own in os.environ.items() if name != "DISCRETE_LIT_CPU_KERNELS"}

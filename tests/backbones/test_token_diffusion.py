@@ -35,6 +35,7 @@ def fresh(rows: int, columns: int) -> Any:
     return lambda step: normal(rows, columns, step + 1)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("kind", ["steps", "flow"])
 def test_a_head_learns_a_mixture_for_each_condition(kind: str) -> None:
     """Two conditions, each with a mixture of two points in the plane, which no regression could draw."""

@@ -63,6 +63,7 @@ def fit(tmp_path, make_tokenizer):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_runs_and_plain_ones_go_on_from_each_other(fit) -> None:
     expected, plain, _ = fit(compiled=False, steps=4)
     first, _, path = fit(compiled=False, steps=2)

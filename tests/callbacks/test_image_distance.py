@@ -331,6 +331,7 @@ def evaluate_on_data(configs: list[dict[str, Any]], folder: str, ranks: int, cou
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_figures_of_the_data_on_three_ranks(tmp_path: Path) -> None:
     """Seven images: the last rank has three. Two images: one rank has none, and all say so instead of waiting."""
@@ -370,6 +371,7 @@ def masked_config(tmp_path: Path, rate: float = 0.0) -> dict[str, Any]:
     return json.loads(json.dumps({"class_path": "discrete_lit.generators.Masked", "init_args": arguments}))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "ddp"), (3, "fsdp")])
 def test_the_same_images_and_figures_on_several_ranks(
@@ -443,6 +445,7 @@ def train_averages(config: dict[str, Any], reference: str, folder: str, ranks: i
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_averages_of_sharded_weights_are_measured_kept_and_resumed(tmp_path: Path, reference: str) -> None:
     config = masked_config(tmp_path, rate=0.5)

@@ -169,6 +169,7 @@ def spiking(batch, factor):
     return module
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_loss(make_trainer, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "discrete_lit")
     made = batches(100)

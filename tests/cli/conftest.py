@@ -21,6 +21,14 @@ def save(module: Any, path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def uncounted_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting the operations of a step is a quarter of a tiny run; tests/callbacks/test_throughput.py counts them."""
+    from discrete_lit.callbacks import Throughput
+
+    monkeypatch.setattr(Throughput, "_flops", lambda *_: 0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An FSQ of 12 ids on 4x4 grids of 8x8 images."""

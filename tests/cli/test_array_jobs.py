@@ -80,6 +80,7 @@ def commands(
 NAMES = ("tokenize", "tokenize_shards", "sample")
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_join_to_the_bytes_of_one_run(
     name: str, commands: dict[str, Callable[..., Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -116,6 +117,7 @@ class Killed(BaseException):
 
 
 # What a process that ends leaves open, this one closes late.
+@pytest.mark.slow_but(2)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("part", [None, "2/2"])
@@ -164,6 +166,7 @@ def test_an_interrupted_part_goes_on(
     assert bytes_of(output) == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(("name", "change"), [("sample", ["--seed", "4"]), ("tokenize", ["--crops", "flip"])])
 def test_parts_of_two_settings_or_numbers_are_refused(
     name: str,
@@ -198,6 +201,7 @@ def test_a_part_is_done_by_one_job_at_a_time(
     assert "is being written by" in capsys.readouterr().err
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(("name", "file"), [("sample", "rows.npy.partial"), ("tokenize", "tokens.npy")])
 def test_rows_that_were_lost_are_found_and_made_again(
     name: str,

@@ -49,6 +49,7 @@ def export(checkpoint: Path, family: str, output: Path) -> Path:
     return output
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("family", "network", "name"),
     [

@@ -94,6 +94,7 @@ def fit_says(settings: dict[str, Any], folder: Path, capfd: pytest.CaptureFixtur
     return refusal(capfd, "fit", "--config", file, "--run_dir", folder / "run", *arguments)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("family", ["mar", "decoder", "discon"])
 def test_latents_of_another_scale(
     family: str, made: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture
@@ -189,6 +190,7 @@ def test_steps_over_the_trained_schedule_in_training(
     assert message in fit_says(settings, tmp_path, capfd, *arguments)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize(
     ("checkpoint", "arguments", "message"),
     [

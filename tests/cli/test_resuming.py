@@ -71,6 +71,7 @@ def rates(taken: list[dict[str, Any]]) -> list[float]:
     return [settings["lr"] for settings in taken]
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("scheduler", [None, WARMUP, STEPS, COSINE])
 def test_unchanged_settings_resume_exactly(scheduler: Any, fit: Runs) -> None:
     whole = copy.deepcopy(fit(steps=4, scheduler=scheduler))
@@ -83,6 +84,7 @@ def test_unchanged_settings_resume_exactly(scheduler: Any, fit: Runs) -> None:
     assert str(resumed["optimizer_states"]) == str(uninterrupted["optimizer_states"])
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("scheduler", [None, WARMUP, STEPS, COSINE])
 def test_a_new_learning_rate_wins_at_its_place_of_the_schedule(
     scheduler: Any, fit: Runs, caplog: pytest.LogCaptureFixture
@@ -97,6 +99,7 @@ def test_a_new_learning_rate_wins_at_its_place_of_the_schedule(
     assert {float(state["step"]) for state in fit.checkpoint()["optimizer_states"][0]["state"].values()} == {4.0}
 
 
+@pytest.mark.slow
 def test_muon_and_adamw_resume_exactly_under_a_trainer(two_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
     """With clipped and accumulated gradients, an average of the weights and a schedule, which scales both rates."""
     settings = generator_settings(two_tokenizers[0])
@@ -141,6 +144,7 @@ def test_a_new_schedule_wins(fit: Runs) -> None:
     assert rates(fit(steps=4, scheduler=changed)) == expected[2:]
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("before", [None, STEPS])
 @pytest.mark.parametrize("after", [None, WARMUP])
 def test_another_scheduler_goes_on_at_the_same_step(before: Any, after: Any, fit: Runs) -> None:
@@ -246,6 +250,7 @@ def imported(checkpoint: Path, output: Path) -> Path:
     return output
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(("source", "model"), [("trained", True), ("imported", True), ("imported", False)])
 def test_a_new_run_starts_from_weights(
     source: str, model: bool, two_tokenizers: tuple[Path, Path], tmp_path: Path

@@ -306,6 +306,7 @@ def test_a_run_that_was_killed_is_tidied_up_at_its_resume(tmp_path: Path) -> Non
     assert sorted(file.name for file in kept.iterdir()) == ["epoch=2-step=3.ckpt", "last.ckpt", "mine.ckpt"]
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     "target", ["run/checkpoints/../../precious", "memory://precious", "run/checkpoints/link/precious"]
 )

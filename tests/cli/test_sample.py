@@ -103,6 +103,7 @@ def test_the_second_command_into_a_folder_is_refused(
     assert json.loads((tmp_path / "run.json").read_text())["starts"] == [1]
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_seed_decides_whatever_the_batch_size(
     family: str, generator_checkpoints: dict[str, Path], tmp_path: Path
@@ -295,6 +296,7 @@ def test_a_grid_of_any_channels_and_shape(channels: int, mode: str, tmp_path: Pa
     np.testing.assert_array_equal(shown, images[..., : shown.shape[-1]].swapaxes(0, 1))
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("precision", ["32-true", "16-true", "bf16-true", "64-true", "bf16-mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_run_json_says_what_ran(

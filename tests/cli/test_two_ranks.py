@@ -23,6 +23,7 @@ def command(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_sample(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for devices, batch_size in ((1, 7), (2, 2)):
         what = ["--ckpt_path", generator_checkpoints["Masked"], "--num_samples", 7, "--batch_size", batch_size]
@@ -32,6 +33,7 @@ def test_sample(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "2" / "run.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_tokenize(tokenizer_checkpoint: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for number in range(7):
@@ -47,6 +49,7 @@ def test_tokenize(tokenizer_checkpoint: Path, tmp_path: Path) -> None:
         assert np.array_equal(np.load(tmp_path / "1" / name), np.load(tmp_path / "2" / name))
 
 
+@pytest.mark.slow
 def test_evaluate(tmp_path: Path) -> None:
     labels = np.arange(12) % 3
     save_folder(tmp_path / "reference", pixels(12, 0), labels)

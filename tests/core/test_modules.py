@@ -70,6 +70,7 @@ assert inside[4] == "ieee", inside
 """
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     "user",
     [

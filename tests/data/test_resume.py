@@ -44,6 +44,7 @@ def epochs(loader: TrainingLoader, count: int) -> list[list[Seen]]:
     return [[seen(batch) for batch in loader] for _ in range(count)]
 
 
+@pytest.mark.slow_but(12)
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True), (4, True)])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
 def test_a_loader_continues_with_the_same_batches(
@@ -222,6 +223,7 @@ def make_trainer(tmp_path: Path, callbacks: list[Callback] | None = None, **sett
     return Trainer(callbacks=callbacks, **(defaults | settings))
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_lightning_resumes_in_mid_epoch(
     make_data: Callable[..., ResumableDataModule], tmp_path: Path, workers: int

@@ -51,6 +51,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         write_text("A" * 1000, tmp_path, length=16, source="letters")
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_this_repositorys_prose(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "data" / "text.py"), "--output", str(tmp_path / "prose"), "--length", "64"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

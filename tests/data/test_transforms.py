@@ -128,6 +128,7 @@ MASKBIT = {"area": (0.8, 1.0), "aspect": (1.0, 1.0)}
 TORCHVISION = {"area": (0.08, 1.0), "aspect": (3 / 4, 4 / 3)}
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("law", [MASKBIT, TORCHVISION], ids=["MaskBit", "torchvision"])
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (500, 460), (300, 500), (400, 400)])
 def test_the_law_of_random_parts_is_torchvisions(width: int, height: int, law: dict) -> None:

@@ -240,6 +240,7 @@ def test_truncated_normal_by_scipy(mean: float, deviation: float, lowest: float)
     torch.testing.assert_close(schedule.derivative(t), torch.tensor(1 / law.pdf(ratios.numpy())), rtol=1e-7, atol=0)
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize(
     ("mean", "deviation", "lowest"),
     [

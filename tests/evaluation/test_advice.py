@@ -70,6 +70,7 @@ def counted_in(counts: list[int], method):
     return run
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("recipe", SMALL, ids=lambda recipe: recipe.name)
 def test_counts_are_those_of_a_real_draw(recipe) -> None:
     model = tiny(recipe, depth=5)  # deeper than the networks that stand for it

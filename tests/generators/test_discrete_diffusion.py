@@ -108,6 +108,7 @@ def test_every_choice_reaches_every_parameter(make_diffusion, assert_all_trained
     assert_all_trained(make_diffusion(name, token_shape=(2, 3), spread=0.3))
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize(
     ("name", "steps"),
     [

@@ -31,6 +31,7 @@ def batches(classes: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
+@pytest.mark.slow_but(30)
 @pytest.mark.parametrize("name", [name for name in names() if name != ASKS])
 def test_a_replayed_draw_is_the_draw(name: str) -> None:
     drawer, recorder = make_drawer(name), RecordedGraphs()

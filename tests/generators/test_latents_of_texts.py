@@ -147,6 +147,7 @@ def test_captions_of_a_batch_are_its_context(family: str, encoder: StaticTextEnc
     torch.testing.assert_close(made.predict_step(batch, 0), made.tokenizer.decode(drawn))
 
 
+@pytest.mark.slow_but(2)
 @EACH
 def test_a_text_changes_the_loss_and_the_law(family: str, encoder: StaticTextEncoder) -> None:
     made, data = made_of(family, encoder), torch.randn(3, 1, 4, 4)

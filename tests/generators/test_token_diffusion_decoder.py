@@ -350,6 +350,7 @@ def test_it_replaces_the_decoder_of_a_generators_tokenizer(tmp_path: Path) -> No
     assert apart.max() <= 1 and (tmp_path / "out" / "grid.png").is_file()
 
 
+@pytest.mark.slow
 def test_decoders_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("one", "other", "larger"):
         (tmp_path / name).mkdir()

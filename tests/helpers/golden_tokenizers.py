@@ -27,9 +27,9 @@ NO_PLACE = {
 }
 COMPARED: Compared = {}
 TOLERANCE = 1e-4
-# The reference decodes this one in channels-last memory, where torch's GroupNorm on a CPU loses half of float32's digits
-# to channels with means far above their deviations: its own image is 2.6e-3 from the same network's in float64, ours
-# 1e-6. Its "decoded_bits" come from plain memory and are held to TOLERANCE.
+# The reference decodes this one in channels-last memory, where torch's GroupNorm on a CPU loses half of float32's
+# digits to channels with means far above their deviations: its own image is 2.6e-3 from the same network's in float64,
+# ours 1e-6. Its "decoded_bits" come from plain memory and are held to TOLERANCE.
 TOLERANCES = {("bitdance_ae", "reconstruction"): 4e-3}
 
 

@@ -109,6 +109,7 @@ def gather(rank: int, ranks: int, address: str, output: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.ddp
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_measures_over_ranks_are_those_of_the_whole(tmp_path, ranks: int) -> None:

@@ -208,6 +208,7 @@ def test_orders() -> None:
             PERMUTERS[name](*sides)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("name", ["Subsample", "SpiralIn"])
 @torch.no_grad()
 def test_permuters(name: str, net2net: Callable[..., Any]) -> None:

@@ -99,6 +99,7 @@ def text() -> Condition:
     return Condition(labels=labels, context=torch.randn(2, 4, 6), context_mask=mask)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("switches", "said"),
     [

@@ -147,6 +147,7 @@ def test_steps_that_reveal_nothing_are_not_computed() -> None:
     assert 1 <= output.network_calls <= LENGTH
 
 
+@pytest.mark.slow
 def test_nan_logits() -> None:
     for name, process in CASES:
         model = make_model(PROCESSES[process])

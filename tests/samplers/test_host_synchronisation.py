@@ -41,6 +41,7 @@ def waiting(drawer: Drawer, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | 
     return mode.seen, sum(number > 0 for number in asked)
 
 
+@pytest.mark.slow_but(30)
 @pytest.mark.parametrize("name", [name for name in names() if name != ASKS])
 def test_a_draw_waits_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waiting(make_drawer(name), monkeypatch) == ([], 1)

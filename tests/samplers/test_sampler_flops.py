@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from discrete_lit.core.random import CounterRandom
 
 
+@pytest.mark.slow_but(20)
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix_adaln"])
 def test_flops_are_those_of_the_network(case, make_layout_backbone, conditioning, monkeypatch) -> None:
     switches = {"conditioning": conditioning, **case.switches}

@@ -80,6 +80,7 @@ def test_ids_and_back(family: str) -> None:
         tokenizer.decode(torch.full_like(tokens, vocab_size))
 
 
+@pytest.mark.slow
 @each_family
 def test_it_learns(family: str) -> None:
     arguments, _, _ = FAMILIES[family]

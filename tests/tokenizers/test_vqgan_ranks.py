@@ -12,6 +12,7 @@ from PIL import Image
 from discrete_lit import load
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.ddp,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
 ]

@@ -71,6 +71,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_ranks_are_one_process_on_the_joined_batch(pair, name: str) -> None:
@@ -81,6 +82,7 @@ def test_two_ranks_are_one_process_on_the_joined_batch(pair, name: str) -> None:
         torch.testing.assert_close(pair[0][name][key], value, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_entropies_are_those_of_the_joined_batch(pair) -> None:
     alone = quantizer_loss(slice(0, ROWS))
