@@ -2,6 +2,8 @@
 
 import re
 import subprocess
+from copy import deepcopy
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def read(config: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / config).read_text())
+    return deepcopy(_parsed(config))
+
+
+@cache
+def _parsed(config: str) -> dict[str, Any]:
+    return yaml.load((ROOT / config).read_text(), Loader=yaml.CSafeLoader)
 
 
 def header_command(config: str) -> list[str]:
