@@ -311,7 +311,8 @@ ON_LFQ := bar maskbit
 ON_SCALES := next_scale
 ON_LATENTS := mar dit
 ON_BOTH := discon
-FAMILIES := $(ON_SCALES) $(ON_LFQ) $(ON_FSQ) $(ON_LATENTS) $(ON_BOTH)
+# In turn: what another waits for, then what takes longest, so that at the end no processor waits for the other.
+FAMILIES := masked $(ON_BOTH) $(ON_SCALES) $(ON_LATENTS) maskbit bar rar autoregressive
 SAMPLERS := halton titok random_order
 COMPARED_SEEDS := 0 $(SEEDS)
 
@@ -321,7 +322,7 @@ comparison: ## train all families of generators on one backbone, with three seed
 	@echo
 	@cat $(COMPARED)/report.md
 
-DRAWN := $(foreach seed,$(COMPARED_SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/samples.npz))
+DRAWN := $(foreach family,$(FAMILIES),$(COMPARED_SEEDS:%=$(COMPARED)/seed_%/$(family)/samples.npz))
 
 drawn: $(DRAWN) $(CLASSIFIERS)
 
@@ -347,7 +348,7 @@ $(ON_BOTH:%=$(COMPARED)/seed_$(1)/%/finished): private GIVEN := \
 
 $(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished:
 	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
-		--trainer.max_steps $(BATCHES) --trainer.val_check_interval $(BATCHES) --data.init_args.batch_size $(BATCH_SIZE) \
+		--trainer.max_steps $(BATCHES) --trainer.limit_val_batches 0 --data.init_args.batch_size $(BATCH_SIZE) \
 		--model.init_args.scheduler.init_args.total_steps $(BATCHES) \
 		--run_dir $$(@D) $$(GIVEN) --ckpt_path last
 	@touch $$@
