@@ -37,6 +37,9 @@ from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
 _log = logging.getLogger(__name__)
 
+_SUMMED_AT_ONCE = 256
+"""Images whose features wait to be summed: products of a few rows take as long as reading D² sums and writing them."""
+
 MOST_FEATURES = 10_000
 """The most features of a reference that are kept: as many as the reference batches of ADM have images."""
 
@@ -90,6 +93,7 @@ class FeatureMeter:
         self.scores = dict(scores or {})
         self._even = EvenSample(most_features, count)
         self._moments = FeatureMoments(extractor)
+        self._waiting: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._spread: ClassSpread | None = None
         self._correct: dict[str, Tensor] = {}
@@ -108,7 +112,9 @@ class FeatureMeter:
             raise ValueError(f"{self.extractor.name} gives features of {self.source} that are not finite")
         if features.device.type == "cuda":  # float64 is there, and the features need not be waited for
             self._moments.to(features.device)
-        self._moments.update(features)
+        self._waiting.append(features)
+        if sum(map(len, self._waiting)) >= _SUMMED_AT_ONCE:
+            self._sum_waiting()
         for score in self.scores.values():
             # The splits of an Inception Score go by the number of the image.
             numbers = {"indices": indices} if score.part == LOGITS else {}
@@ -129,7 +135,13 @@ class FeatureMeter:
             hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
             self._correct[name].index_add_(0, labels[known], hits[known].double())
 
+    def _sum_waiting(self) -> None:
+        if self._waiting:
+            self._moments.update(torch.cat(self._waiting))
+            self._waiting = []
+
     def _metrics(self) -> dict[str, Any]:
+        self._sum_waiting()
         spread = {} if self._spread is None else {"spread": self._spread}
         scores = {f"score.{name}": score for name, score in self.scores.items()}
         return {"moments": self._moments, **scores, **spread, **_metrics_of(self.transform)}
@@ -155,6 +167,7 @@ class FeatureMeter:
 
     def measurement(self) -> Measurement:
         """Give the statistics of what was counted."""
+        self._sum_waiting()
         with whole_metrics():
             moments = self._moments.compute()
             scores = {name: score.compute() for name, score in self.scores.items()}
@@ -351,7 +364,7 @@ def reference_from_images(
     if all(gather_objects(kept_moments.is_file() and kept_features.is_file())):
         try:
             features = _read_features(kept_features, extractor.dim)
-            moments = Moments.load(kept_moments, extractor)
+            moments = Moments.load(kept_moments, extractor, features=features)
             return Reference(name=name, sha256=sha256, moments=moments, features=features)
         except ValueError as error:
             _log.warning("computing the reference again: %s", error)

@@ -121,9 +121,7 @@ class Moments:
                 raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
         if self._is_covariance:
             return
-        largest = float(self.covariance.abs().max())
-        # What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of.
-        rounding = 1e-5 * largest + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
+        rounding = self._rounding()
         asymmetry = float((self.covariance - self.covariance.T).abs().max())
         if asymmetry > rounding:
             raise ValueError(
@@ -145,22 +143,35 @@ class Moments:
             )
         self._is_covariance = True
 
+    def _rounding(self) -> float:
+        """What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of."""
+        return 1e-5 * float(self.covariance.abs().max()) + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
+
     def factor_by(self, features: Tensor) -> None:
         """Take the features `(count, D)` that these are the moments of for a factor, if they are fewer than D.
 
-        It spares a distance the eigenvectors of the covariance.
+        It spares a distance the eigenvectors of the covariance, and `check` its eigenvalues. Features that do not have
+        this covariance, of moments that were not summed here, are left alone.
         """
-        if self.count is not None and len(features) == self.count <= self.dim:
-            self.factor = (features.double() - self.mean).T / (self.count - 1) ** 0.5
+        if self.count is None or not 1 < len(features) == self.count <= self.dim:
+            return
+        factor = (features.double() - self.mean).T / (self.count - 1) ** 0.5
+        if not self._is_covariance:
+            # Written so that values that are not finite are no factor.
+            if not bool(((factor @ factor.T - self.covariance).abs() <= self._rounding()).all()):
+                return
+            self._is_covariance = True
+        self.factor = factor
 
     @staticmethod
-    def load(path: str | Path, extractor: FeatureSource | None = None) -> Moments:
+    def load(path: str | Path, extractor: FeatureSource | None = None, *, features: Tensor | None = None) -> Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
 
         Args:
             path: the file.
             extractor: whose features the moments must be of, by their width; any by default. Of a `FeatureSpace` of
                 spatial features, `mu_s` and `sigma_s` are read.
+            features: of the same images, where they are at hand: see `factor_by`.
 
         Raises:
             ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
@@ -209,6 +220,8 @@ class Moments:
                 raise ValueError(f"{name}: {key!r} is of {array.dtype}, it must be of real numbers")
         mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays.values())
         moments = Moments(mean, covariance, **facts)
+        if features is not None:
+            moments.factor_by(features)
         moments.check(name)
         return moments
 

@@ -20,6 +20,8 @@ from discrete_lit.metrics.kept_features import FeatureSet
 
 # Distances that are held at once: 256 MB.
 _DISTANCES_AT_ONCE = 2**25
+# Differences of features: 1 MB, so that they stay in a processor's cache.
+_DIFFERENCES_AT_ONCE = 2**17
 
 
 class Manifold:
@@ -132,9 +134,10 @@ def _blocks(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
 
 def _refine(squares: Tensor, first: Tensor, second: Tensor, where: Tensor) -> None:
     """Replace squared distances of features `(b, D)` and `(n, D)`, where asked, by those of their differences."""
-    for pairs in where.nonzero().split(max(1, _DISTANCES_AT_ONCE // 8 // first.shape[1])):
+    for pairs in where.nonzero().split(max(1, _DIFFERENCES_AT_ONCE // first.shape[1])):
         row, column = pairs.unbind(1)
-        squares[row, column] = (first[row] - second[column]).square().sum(1)
+        differences = first.index_select(0, row) - second.index_select(0, column)
+        squares[row, column] = differences.square_().sum(1)
 
 
 def _finite(features: Tensor) -> Tensor:

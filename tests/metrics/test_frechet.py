@@ -99,6 +99,23 @@ def test_few_features_are_a_factor_of_their_covariance(counts, monkeypatch):
     assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-10)
 
 
+def test_the_features_of_a_file_spare_it_eigenvalues_and_others_are_left_alone(tmp_path, monkeypatch):
+    data, others = (torch.from_numpy(random_features(30, 64, seed)) for seed in range(2))
+    path = tmp_path / "moments.npz"
+    moments_of(data.numpy()).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigvalsh", lambda *_: pytest.fail("eigenvalues"))
+        stored = Moments.load(path, features=data)
+    assert stored.factor is not None
+    for wrong in (others, data[:29], torch.full_like(data, torch.nan)):
+        assert Moments.load(path, features=wrong).factor is None
+    broken = moments_of(data.numpy())
+    broken.covariance[3, 3] = -1e3
+    broken.save(path)
+    with pytest.raises(ValueError, match="a covariance has none below 0"):
+        Moments.load(path, features=data)
+
+
 def test_different_widths_are_refused():
     with pytest.raises(ValueError, match="width 3 and 4"):
         frechet_distance(moments_of(random_features(9, 3, 0)), moments_of(random_features(9, 4, 0)))
