@@ -8,6 +8,7 @@ the counts must be given. A manifest may come from anywhere: nothing in it is us
 
 import glob
 import io
+import itertools
 import logging
 import os
 import re
@@ -39,6 +40,7 @@ _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 _MOST_SHARDS = 300_000
 _MOST_SAMPLES = 10_000_000  # Of a shard.
 _MOST_CLASSES = 10_000_000
+_DEEPEST_BRACES = 20  # Braces in braces: each takes a few calls of the stack.
 _LONGEST_SHOWN = 200  # Letters of a name in a message.
 
 
@@ -171,10 +173,12 @@ def _expand(entry: str) -> list[str]:
 def _braces(entry: str) -> list[str]:
     """Expand a brace pattern, whose strings are counted first: they may be more than fit into the memory."""
     shown = without_secrets(entry)[:_LONGEST_SHOWN]
+    if _depth(entry) > _DEEPEST_BRACES:
+        raise ValueError(f"the braces of {shown} lie more than {_DEEPEST_BRACES} deep in one another")
     try:
         count = _alternatives(entry)
         urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"the braces of {shown} are not closed; write \\{{ for a brace itself") from error
     if count > _MOST_SHARDS:
         raise ValueError(f"the braces of {shown} stand for more than {_MOST_SHARDS:,} shards")
@@ -197,6 +201,12 @@ def _alternatives(pattern: str) -> int:
             parts = zip([-1, *commas], [*commas, len(inside)], strict=True)
             total *= sum(_alternatives(inside[before + 1 : after]) for before, after in parts)
     return total
+
+
+def _depth(pattern: str) -> int:
+    """Count the open braces around the innermost place of a pattern."""
+    steps = ({"{": 1, "}": -1}.get(character, 0) for character in re.sub(r"\\.", "", pattern))
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _outside_braces(pattern: str, characters: str) -> list[int]:
