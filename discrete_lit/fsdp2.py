@@ -10,19 +10,25 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 
 from discrete_lit.core.background import BackgroundQueue
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, publish
 from discrete_lit.core.lightning_internals import saves_one_file
+from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.core.trust import printable
 
 _log = logging.getLogger(__name__)
@@ -133,6 +139,62 @@ class FSDP2Strategy(ModelParallelStrategy):
             with atomic_write(unfinished / META) as file:
                 file.write(rest)
             publish(unfinished, path)
+
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def shard_steps(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Shard all trained weights of a module as one: whole within its steps, and in shards from the backward pass on.
+
+    For modules whose steps use their parts by many methods and take gradients on the way, as an adversarial loss does:
+    what lies outside a step goes into `whole_weights`. Frozen weights stay whole on every rank.
+
+    Args:
+        module: whose steps they are; `isinstance(module, FSDPModule)` from then on.
+        mesh: of the ranks, one-dimensional.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
+    for step in _STEPS:
+        register_fsdp_forward_method(module, step)
+    # While the weights are whole, the shards are not among the module's parameters.
+    module._written = [  # type: ignore[assignment]
+        (part, name, shards)
+        for part in module.modules()
+        if isinstance(part, RunningStatistics)
+        for name, shards in part.named_parameters(recurse=False)
+    ]
+
+
+@torch.no_grad()
+def keep_written(module: LightningModule) -> None:
+    """Bring to the shards what `RunningStatistics` wrote into whole weights, such as codes that it revived.
+
+    Nothing where `shard_steps` was not called. All ranks wrote the same.
+    """
+    for part, name, shards in module.__dict__.get("_written", ()):
+        whole = getattr(part, name)
+        if whole is not shards:
+            shards.copy_(distribute_tensor(whole, shards.device_mesh, shards.placements, src_data_rank=None))
+
+
+@contextmanager
+def whole_weights(module: LightningModule) -> Iterator[None]:
+    """Gather the weights of `shard_steps` for what lies outside a step: all ranks have to come here.
+
+    Nothing happens where it was not called, as for generators, whose networks gather their own.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:

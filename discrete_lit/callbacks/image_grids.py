@@ -22,6 +22,7 @@ from torchvision.utils import make_grid
 from discrete_lit.callbacks.logged_media import log_gif, log_picture
 from discrete_lit.core.images import MODALITIES, displayable, frames_of, to_uint8
 from discrete_lit.core.moving_pictures import clips_side_by_side, gif_bytes
+from discrete_lit.fsdp2 import whole_weights
 from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder, Unified
 from discrete_lit.samplers import AnySampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
@@ -221,8 +222,11 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Compute something beside the run: in eval mode and the trainer's precision, without gradients, `undisturbed`."""
-    with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+    """Compute something beside the run: in eval mode and the trainer's precision, without gradients, `undisturbed`.
+
+    Sharded weights are there as a whole; where they are sharded all ranks have to come here.
+    """
+    with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context(), whole_weights(module):
         yield
 
 

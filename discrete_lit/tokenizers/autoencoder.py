@@ -18,6 +18,7 @@ from einops import rearrange
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -25,6 +26,7 @@ from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, frames_of, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
+from discrete_lit.fsdp2 import keep_written, shard_steps, whole_weights
 from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
@@ -232,6 +234,7 @@ class ImageAutoencoder(LightningModule):
         coded = self.coded_of(batch)
         loss, terms, made = self.loss(coded, step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(coded))
+        keep_written(self)
         if self.micro_batches > 1:
             loss = self.accumulated.loss(loss, len(coded))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
@@ -239,7 +242,9 @@ class ImageAutoencoder(LightningModule):
     def on_after_backward(self) -> None:
         if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
             self.accumulated.end_step(self.parameters(), self.micro_batches)
-            end_statistics_step(self)
+            with whole_weights(self):
+                end_statistics_step(self)
+                keep_written(self)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
@@ -278,6 +283,11 @@ class ImageAutoencoder(LightningModule):
             self.log_dict(means_over_ranks(named), batch_size=batch_size)
         else:
             self.log_dict(named, sync_dist=True, batch_size=logged_batch_size(batch_size))
+
+    def configure_model(self) -> None:
+        """Shard the weights over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            shard_steps(self, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial

@@ -25,10 +25,12 @@ from discrete_lit.callbacks import (
     ExponentialMovingAverage,
     GradientNorm,
     Preemption,
+    ReconstructionGrid,
     SampleGrid,
     Throughput,
     TrainingGuard,
 )
+from discrete_lit.callbacks.image_grids import as_in_validation
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.cli.resume import ContinueExactly
 from discrete_lit.data import TokenWriter
@@ -57,7 +59,7 @@ def vqvae_config() -> dict[str, Any]:
     return {"class_path": "discrete_lit.tokenizers.VQVAE", "init_args": settings}
 
 
-def vqgan_config(**adversarial: Any) -> dict[str, Any]:
+def vqgan_config(quantizer: dict[str, Any] | None = None, **adversarial: Any) -> dict[str, Any]:
     """Two steps of the discriminator alone, then an adaptive weight; LeCam and R1."""
     losses = "discrete_lit.tokenizers.losses"
     discriminator = {"width": 4, "layers": 1, **adversarial.pop("discriminator", {})}
@@ -66,7 +68,7 @@ def vqgan_config(**adversarial: Any) -> dict[str, Any]:
         **{"start_step": 2, "lead_steps": 1, "lecam_weight": 0.1, "lecam_decay": 0.5, "r1_weight": 0.1, "r1_every": 2},
         **adversarial,
     }
-    quantizer = {
+    quantizer = quantizer or {
         "class_path": "discrete_lit.tokenizers.quantizers.FiniteScalarQuantizer",
         "init_args": {"levels": [4, 3]},
     }
@@ -151,6 +153,19 @@ class Spoil(Callback):
             batch["image"][0, 0, 0, 0] = float("nan")
 
 
+class Encode(Callback):
+    """Encodes every batch of a tokenizer once more, behind its step."""
+
+    def __init__(self) -> None:
+        self.tokens: list[torch.Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with as_in_validation(trainer, pl_module):
+            self.tokens.append(pl_module.encode(batch["image"]))  # type: ignore[operator]
+
+
 class Signal(Callback):
     """Sends a signal to one rank's own process, or to each, in the training step of a batch."""
 
@@ -172,6 +187,7 @@ def run(
     send: dict[str, Any] | None = None,
     spoil: dict[str, Any] | None = None,
     average: bool = False,
+    encode: bool = False,
     agree_every: int = 1,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -187,6 +203,7 @@ def run(
         send: arguments of `Signal`.
         spoil: arguments of `Spoil`; such batches are skipped.
         average: keep averaged weights.
+        encode: encode the batches of a tokenizer once more behind their steps.
         agree_every: steps from one agreement of the ranks whether to end to the next.
         settings: further arguments of the Trainer.
     """
@@ -194,7 +211,9 @@ def run(
     record = Record()
     keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
     preemption = Preemption(every_n_batches=agree_every)
-    callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), preemption, keeper]
+    grids, encoder = [SampleGrid(count=2), ReconstructionGrid(count=2)], Encode()
+    callbacks: list[Callback] = [record, GradientNorm(), Throughput(), *grids, preemption, keeper]
+    callbacks += [encoder] if encode else []
     callbacks += [Signal(**send)] if send else []
     callbacks += [ContinueExactly()] if resume else []
     callbacks += [Spoil(**spoil), TrainingGuard(on_nonfinite="skip")] if spoil else []
@@ -227,6 +246,7 @@ def run(
     return {
         "batches": record.batches,
         "validation": record.validation,
+        "tokens": encoder.tokens,
         "status": status,
         "error": error,
         "weights": {} if strategy in ("fsdp", "sharded") else dict(lightning_module.state_dict()),

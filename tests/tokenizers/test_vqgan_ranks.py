@@ -6,10 +6,21 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers.distributed_run import CLASSES, IMAGE_SIZE, alone, assert_close, joined, on_two_ranks, run, vqgan_config
+from helpers.distributed_run import (
+    CLASSES,
+    IMAGE_SIZE,
+    alone,
+    assert_close,
+    joined,
+    on_two_ranks,
+    run,
+    vqgan_config,
+    vqvae_config,
+)
 from PIL import Image
 
 from discrete_lit import load
+from discrete_lit.checkpoints import read_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,6 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
 ]
 SYNC = {"discriminator": {"norm": "sync"}}
+# Codes that the first batch gives, an optimizer moves, and every batch revives: they are written within steps.
+CODEBOOK = {
+    "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
+    "init_args": {"codebook_size": 16, "dim": 4, "codebook_update": "gradient", "revive_below": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +69,22 @@ def pair(folder, data):
         "resumed": settings("stopped", vqgan_config(), resume=True),
         "spoilt": settings("spoilt", vqgan_config(), average=False, spoil={"batch": 2, "rank": 1}),
     }
+    told = {"number": signal.SIGTERM, "batch": 3, "rank": 1}
+    validated = {"limit_val_batches": 2, "encode": True, "gradient_clip_val": 0.5, "max_epochs": 4}
+    for name, quantizer in (("levels", None), ("codes", CODEBOOK)):
+        for strategy in ("ddp", "fsdp", "sharded"):
+            plan[f"{name}, {strategy}"] = settings(
+                f"{name}-{strategy}", vqgan_config(quantizer), strategy=strategy, **validated
+            )
+    cut = {"strategy": "sharded", **validated}
+    plan["cut"] = settings("cut", vqgan_config(CODEBOOK), send=told, **cut)
+    plan["gone on"] = settings("cut", vqgan_config(CODEBOOK), resume=True, **cut)
+    accumulated = vqvae_config()
+    accumulated["init_args"] |= {"codebook_update": "gradient", "revive_below": 1.0}
+    for strategy in ("ddp", "sharded"):
+        plan[f"accumulated, {strategy}"] = settings(
+            f"accumulated-{strategy}", accumulated, strategy=strategy, accumulate_grad_batches=3, max_epochs=4
+        )
     ranks = on_two_ranks(folder / "processes", *plan.values())
     return {name: (ranks[0][place], ranks[1][place]) for place, name in enumerate(plan)}
 
@@ -97,3 +129,45 @@ def test_a_batch_that_is_bad_on_one_rank_is_skipped_on_both(pair, folder):
     spoilt = {batch: pair["spoilt"][0]["batches"][batch][0] for batch in losses}
     assert [spoilt[batch] == losses[batch] for batch in range(3)] == [True, True, False]
     assert spoilt[2] != spoilt[2] and all(np.isfinite(spoilt[batch]) for batch in (3, 4, 5))
+
+
+def saved(folder, name):
+    """Averages, raw weights and the optimizer's state of the last checkpoint, as a whole."""
+    return read_checkpoint(folder / name / "checkpoints" / "last.ckpt", whole=True)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "sharded"])
+@pytest.mark.parametrize("quantizer", ["levels", "codes"])
+def test_sharded_weights_train_as_whole_ones(pair, folder, quantizer, strategy):
+    """Discriminator, adaptive weight, clipping, averages, and the codes that steps write."""
+    whole, sharded = pair[f"{quantizer}, ddp"], pair[f"{quantizer}, {strategy}"]
+    losses, indices = joined(sharded)
+    expected_losses, expected_indices = joined(whole)
+    assert indices == expected_indices and losses == pytest.approx(expected_losses, rel=1e-4)
+    for one, other in zip(sharded, whole, strict=True):
+        assert one["validation"] == pytest.approx(other["validation"], rel=1e-4)
+        # Behind each step with the weights that it left.
+        for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
+            assert float((ours != theirs).float().mean()) < 0.05
+    ours, theirs = (saved(folder, f"{quantizer}-{each}") for each in (strategy, "ddp"))
+    assert ours["hyper_parameters"] == theirs["hyper_parameters"]
+    for entry in ("state_dict", "current_model_state"):
+        assert_close(ours[entry], theirs[entry])
+    loaded = load(folder / f"{quantizer}-{strategy}" / "checkpoints" / "last.ckpt").state_dict()
+    assert_close(dict(loaded), {name: ours["state_dict"][name] for name in loaded})
+
+
+def test_sharded_weights_go_on_after_a_stop(pair, folder):
+    before, after = joined(pair["cut"]), joined(pair["gone on"])
+    assert list(before[0]) == [0, 1, 2, 3] and list(after[0]) == list(range(4, 12))
+    assert (before[0] | after[0], before[1] | after[1]) == joined(pair["codes, sharded"])
+    ours, whole = saved(folder, "cut"), saved(folder, "codes-sharded")
+    for entry in ("state_dict", "current_model_state"):
+        assert not [name for name, value in whole[entry].items() if not torch.equal(ours[entry][name], value)]
+
+
+def test_codes_that_are_revived_behind_micro_batches_reach_the_shards(pair, folder):
+    losses, expected = (joined(pair[f"accumulated, {strategy}"])[0] for strategy in ("sharded", "ddp"))
+    assert len(expected) == 12 and losses == pytest.approx(expected, rel=1e-4)
+    ours, theirs = (saved(folder, f"accumulated-{strategy}") for strategy in ("sharded", "ddp"))
+    assert_close(ours["state_dict"], theirs["state_dict"])
