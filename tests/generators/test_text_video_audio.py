@@ -18,7 +18,8 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.paired_token_arrays import PairedTokenArrays
 from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.generators.text_video_audio import RESERVED_IDS, SPECIAL, TextVideoAudio, VideoAndAudio
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers.tokenizer import TokenGrid
 
 WORDS = ("dark", "bright")

@@ -23,7 +23,9 @@ from discrete_lit.diffusion import CosineSchedule
 from discrete_lit.generators.segment_losses import id_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
-from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.islands import MaskedSteps
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers import PixelLevels, RawPixels, TextTokenizer
 
 WORDS = ("black", "white")
