@@ -44,13 +44,20 @@ class SegmentOutput:
     codes: Mapping[str, Tensor] = field(default_factory=dict)
     """`(B, P + 1)` int64, the ids of all scales that were drawn last of a segment, by its name."""
 
-    def costing(self, tokens: Tensor) -> SamplerOutput:
-        """Give what a part of the sequence, such as its image `(B, ...)`, cost: all of it."""
+    def costing(self, tokens: Tensor, *, before: SamplerOutput | None = None) -> SamplerOutput:
+        """Give what a part of the sequence, such as its image `(B, ...)`, cost: all of it.
+
+        Args:
+            tokens: that part.
+            before: what was drawn first, for this to be drawn, and costs too.
+        """
+        count = self.count_flops
+        calls, passes = (0, 0) if before is None else (before.network_calls, before.sequential_passes)
         return SamplerOutput(
             tokens=tokens,
-            network_calls=self.network_calls,
-            sequential_passes=self.sequential_passes,
-            count_flops=self.count_flops,
+            network_calls=self.network_calls + calls,
+            sequential_passes=self.sequential_passes + passes,
+            count_flops=lambda: count() + (0 if before is None else before.flops),
         )
 
 
