@@ -5,11 +5,11 @@ sequences of a batch, costs their elements by segment (`segment_losses`), and dr
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discrete_lit.backbones.segment_grammar import SegmentGrammar
 from discrete_lit.backbones.segment_sequence import SegmentSequence
@@ -85,6 +85,17 @@ class SegmentGenerator(ClassConditionalTraining):
         self.backbone = backbone(self.layout)
         self.grammar = self.backbone.grammar
         self.sampler = sampler or SegmentSampler()
+
+    def frozen_networks(self) -> Iterable[nn.Module]:
+        """Give the networks beside the tokenizer that are loaded, not trained: here none."""
+        return ()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as in PyTorch, but keep the tokenizer and all frozen networks in eval mode."""
+        super().train(mode)
+        for network in self.frozen_networks():
+            network.eval()
+        return self
 
     @property
     def reads_text(self) -> bool:

@@ -14,12 +14,12 @@ turned so that the whole of it is predicted at one book before the next, finer o
 (section 3.1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
@@ -248,11 +248,8 @@ class TextVideoAudio(SegmentGenerator):
         )
         self.build_network(backbone, sampler)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode as in PyTorch, but keep both tokenizers in eval mode."""
-        super().train(mode)
-        self.audio_tokenizer.eval()
-        return self
+    def frozen_networks(self) -> Iterable[nn.Module]:
+        return (self.audio_tokenizer,)
 
     # Batches.
 

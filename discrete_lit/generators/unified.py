@@ -19,7 +19,7 @@ With `thought_length` the model writes a text between the caption and the image 
 the picture. A thought can be read, edited, and given.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -273,6 +273,9 @@ class Unified(TextAndImageSequences, OfWholeBatch):
     @property
     def island_weight(self) -> float:
         return self.image_weight
+
+    def frozen_networks(self) -> Iterable[nn.Module]:
+        return () if self.vision is None else (self.vision,)
 
     # Batches.
 
