@@ -266,6 +266,13 @@ class SegmentGenerator(ClassConditionalTraining):
             raise ValueError("image_guidance_scale guides by an image that is given beside the text; here is none")
         return contexts
 
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe both tokenizers in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["text_tokenizer_config"] = self.text.config()
+
 
 def streams_of(samples: Any, *, seed: int, indices: Tensor | None) -> CounterRandom:
     """Give a stream of random numbers for each of B samples.

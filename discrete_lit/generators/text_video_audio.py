@@ -464,6 +464,12 @@ class TextVideoAudio(SegmentGenerator):
         drawn = sampler(self.backbone, [self.voiced_sequence(video)], random, segments=segments)
         return self._sound_of(drawn.sequence, "voice")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe all three tokenizers in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        if self.audio_tokenizer.hparams:
+            checkpoint["audio_tokenizer_config"] = dict(self.audio_tokenizer.hparams)
+
     def _begun(self, texts: Tensor, frames: Tensor) -> SegmentSequence:
         """Make the prefix and the beginning of the clip: of a whole sequence the first elements."""
         expected, most = self.token_shape[1:], self.token_shape[0]

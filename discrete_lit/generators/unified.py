@@ -584,11 +584,6 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         captions = self.condition_of(batch, random)
         return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe both tokenizers in the checkpoint, so that it loads without their files."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["text_tokenizer_config"] = self.text.config()
-
 
 class _Flow(NamedTuple):
     """The vectors of a batch's images, and their noise."""

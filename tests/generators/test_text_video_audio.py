@@ -14,12 +14,14 @@ from lightning import Trainer
 
 from discrete_lit.backbones.segment_sequence import seen_by
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.checkpoints import instantiate, load, save, save_pretrained
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.paired_token_arrays import PairedTokenArrays
 from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.generators.text_video_audio import RESERVED_IDS, SPECIAL, TextVideoAudio, VideoAndAudio
 from discrete_lit.samplers.draw_settings import DrawSettings
 from discrete_lit.samplers.segment_by_segment import SegmentSampler
+from discrete_lit.tokenizers import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import TokenGrid
 
 WORDS = ("dark", "bright")
@@ -237,6 +239,46 @@ def test_it_learns_what_texts_say_from_paired_arrays(tmp_path: Path) -> None:
     assert drawn.tokens.flatten(1).tolist() == [[0, 0], [1, 1]] and drawn.audio is not None
     assert drawn.audio.flatten(1).tolist() == [[0, 0], [1, 1]]
     assert model.voice(drawn.tokens).flatten(1).tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_checkpoint_alone_gives_the_model_back(tmp_path: Path) -> None:
+    """Without the files of both tokenizers and of the text tokenizer."""
+    files = {name: tmp_path / f"{name}.ckpt" for name in ("video", "audio")}
+    for name, shape in (("video", VIDEO), ("audio", AUDIO)):
+        grid = {"vocab_size": 2, "token_shape": list(shape)}
+        save(instantiate({"class_path": "discrete_lit.tokenizers.TokenGrid", "init_args": grid}), files[name])
+    words = tmp_path / "words.json"
+    words.write_text(TextTokenizer.characters("ab").json)
+    frozen = {
+        name: {"class_path": "discrete_lit.tokenizers.from_checkpoint", "init_args": {"checkpoint": str(file)}}
+        for name, file in files.items()
+    }
+    arguments = {
+        "tokenizer": frozen["video"],
+        "audio_tokenizer": frozen["audio"],
+        "image_size": [3, 4, 4],
+        "audio_length": 8,
+        "text_tokenizer": {"class_path": "discrete_lit.tokenizers.TextTokenizer", "init_args": {"file": str(words)}},
+        "text_length": 4,
+        "backbone": {
+            "class_path": "discrete_lit.backbones.SegmentTransformer",
+            "init_args": {"width": 16, "depth": 1, "heads": 2},
+        },
+    }
+    model: Any = instantiate({"class_path": "discrete_lit.generators.TextVideoAudio", "init_args": arguments})
+    randomise(model, 0.5)
+    save(model, tmp_path / "model.ckpt")
+    save_pretrained(model, tmp_path / "folder")
+    for file in (*files.values(), words):
+        file.unlink()
+    texts = model.eval().condition_of_texts(["ab", "", "b"] * 4)
+    random = CounterRandom(3, torch.arange(12))
+    expected = model.draw(texts, random)
+    for saved in ("model.ckpt", "folder"):
+        loaded: Any = load(tmp_path / saved)
+        assert torch.equal(loaded.condition_of_texts(["ab", "", "b"] * 4), texts)
+        drawn = loaded.draw(texts, random)
+        assert torch.equal(drawn.tokens, expected.tokens) and torch.equal(drawn.audio, expected.audio)
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
