@@ -250,6 +250,12 @@ class SegmentGenerator(ClassConditionalTraining):
         """
         return self.draw(condition, streams_of(condition, seed=seed, indices=indices), sampler).tokens
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Sample images, or clips, in [-1, 1] for the texts of a batch, by this generator's seed."""
+        random = self.random_of(batch, batch_idx)
+        texts = self.condition_of(batch, random)
+        return self.tokenizer.decode(self.sample(texts, seed=self.seed, indices=random.indices))
+
     def contexts_of(self, sampler: SegmentSampler, segments: Sequence[str]) -> int:
         """Count what the network is asked given where these segments are drawn: a text; and none, for guidance.
 

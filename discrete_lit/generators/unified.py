@@ -579,11 +579,6 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             return assemble(self.grammar, [given])
         return self.sequences(data, None, closed=False)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        random = self.random_of(batch, batch_idx)
-        captions = self.condition_of(batch, random)
-        return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
-
 
 class _Flow(NamedTuple):
     """The vectors of a batch's images, and their noise."""

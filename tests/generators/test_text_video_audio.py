@@ -11,6 +11,7 @@ import torch
 from helpers.random_weights import randomise
 from helpers.segment_layouts import Words
 from lightning import Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.segment_sequence import seen_by
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
@@ -279,6 +280,25 @@ def test_a_checkpoint_alone_gives_the_model_back(tmp_path: Path) -> None:
         assert torch.equal(loaded.condition_of_texts(["ab", "", "b"] * 4), texts)
         drawn = loaded.draw(texts, random)
         assert torch.equal(drawn.tokens, expected.tokens) and torch.equal(drawn.audio, expected.audio)
+
+
+def test_clips_are_predicted_for_the_texts_of_a_batch() -> None:
+    model = generator()
+    model.tokenizer.decode = lambda tokens: tokens  # a grid has no decoder
+    batch = {"tokens": EVERYTHING.video, "audio_tokens": EVERYTHING.audio, "caption": ["dark"] * 16}
+    found = model.predict_step({**batch, "index": torch.arange(5, 21)}, 0)
+    expected = model.sample(model.condition_of_texts(["dark"] * 16), indices=torch.arange(5, 21))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("voice_share", [0.0, 0.5])
+def test_the_operations_of_a_step_are_counted(voice_share: float) -> None:
+    """Against torch's counter, which knows the backward pass of attention better; sequences of both kinds."""
+    model = generator(voice_share=voice_share, backbone=partial(SegmentTransformer, width=64, depth=2, heads=2)).train()
+    assert model.step_flops() == 0
+    with FlopCounterMode(display=False) as counter:
+        model.loss(EVERYTHING, model.condition_of_texts(["dark"] * 16))[0].backward()
+    assert model.step_flops() == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
