@@ -69,7 +69,6 @@ class SegmentGenerator(ClassConditionalTraining):
     """Weight of the mean squared logarithm of the softmax's denominator."""
     apart: bool = False
     """Whether there is a segment whose losses have a mean of their own: latents, masked ids, or ids in scales."""
-
     step_passes: Sequence[PassShape] = ()
     """The shapes of the passes of the last step."""
 

@@ -384,7 +384,7 @@ class TextVideoAudio(SegmentGenerator):
         self.step_passes = tuple(passes)
         return {name: SegmentLosses(*map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}  # type: ignore[arg-type]
 
-    def validation_losses(  # type: ignore[override]
+    def validation_losses(
         self, data: VideoAndAudio, condition: Tensor, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses of samples that are given as texts, all of them."""
