@@ -63,7 +63,7 @@ _OF_TRAINING = (
     "initial_deviation",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
-FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder", "text_tokenizer")
+FROZEN_PARTS = ("tokenizer", "audio_tokenizer", "discrete", "text_encoder", "text_tokenizer")
 _NOT_PARSED = "cannot read the configuration of"
 # The files whose modules are being built, a generator's before its tokenizer's.
 _loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
@@ -203,8 +203,10 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "state_dict": (Mapping, "weights by their names"),
     "hyper_parameters": (Mapping | None, "settings by their names"),
     "tokenizer_config": (Mapping, "settings by their names"),
+    "audio_tokenizer_config": (Mapping, "settings by their names"),
     "discrete_config": (Mapping, "settings by their names"),
     "text_encoder_config": (Mapping, "settings by their names"),
+    "text_tokenizer_config": (Mapping, "settings by their names"),
     "epoch": (int, "a number"),
     "global_step": (int, "a number"),
     "loops": (Mapping, "the state of each loop by its name"),

@@ -17,7 +17,7 @@ from discrete_lit.backbones.execution import compile_blocks
 from discrete_lit.core.distributed import all_gather_rows
 from discrete_lit.core.images import MODALITIES
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
-from discrete_lit.generators import Generator, LatentGenerator, Unified
+from discrete_lit.generators import Generator, LatentGenerator, SegmentGenerator
 from discrete_lit.generators.counted_step import count_step
 from discrete_lit.tokenizers import Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
@@ -51,7 +51,8 @@ class Throughput(Callback):
     what activation checkpointing computes again. `throughput/mfu` is that as a fraction of the device's peak: the model
     FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B). It is left out where the peak is not known, and both
     where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders. Of a
-    `Unified` they are those of its transformer, at the elements that it read (`Unified.step_flops`).
+    `SegmentGenerator`, such as `Unified`, they are those of its transformer, at the elements that it read (its
+    `step_flops`).
     `throughput/peak_memory_gib` is the most that any rank has held since its start: what torch's allocator gave on a
     CUDA device, on a processor the resident memory of the process; in GiB.
 
@@ -94,7 +95,7 @@ class Throughput(Callback):
             # Kernels run behind the host's clock; the logger is about to wait for them in any case.
             torch.cuda.synchronize(pl_module.device)
         now = self._clock()
-        if isinstance(pl_module, Unified):
+        if isinstance(pl_module, SegmentGenerator):
             self._window.flops += pl_module.step_flops()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
@@ -117,7 +118,7 @@ class Throughput(Callback):
 
     def _flops(self, module: LightningModule, batch: Any, batch_idx: int) -> int:
         """Operations of the training step to come; counted once for each kind of step."""
-        if self._step_flops is None or isinstance(module, Unified):
+        if self._step_flops is None or isinstance(module, SegmentGenerator):
             return 0  # how many elements a sequence of segments has, its step knows when it is done
         try:
             kind = _kind_of_step(module, batch)

@@ -21,7 +21,7 @@ from discrete_lit.core.lightning_internals import (
 )
 from discrete_lit.core.trust import printable
 from discrete_lit.data.data_module import ResumableDataModule
-from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.generators import Generator, LatentGenerator, SegmentGenerator
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -75,9 +75,12 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
     Raises:
         ValueError: the weights of the two tokenizers differ.
     """
-    if not isinstance(module, Generator | LatentGenerator):
+    if not isinstance(module, Generator | LatentGenerator | SegmentGenerator):
         return
     tokenizers: dict[str, Any] = {"tokenizer": module.tokenizer}
+    codec = getattr(module, "audio_tokenizer", None)
+    if codec is not None:
+        tokenizers["audio_tokenizer"] = codec
     discrete = getattr(module, "discrete", None)
     if isinstance(discrete, Tokenizer):
         tokenizers["discrete"] = discrete

@@ -37,6 +37,7 @@ from discrete_lit.generators import (
     Generator,
     GraphedDraw,
     LatentGenerator,
+    SegmentGenerator,
     TextVideoAudio,
     TokenDiffusionDecoder,
     Unified,
@@ -181,7 +182,7 @@ def sample(
     own_part, parts = find_part(part, output, "sample"), PartsFolder(output, "sample")
     ckpt_path = chosen_checkpoint(ckpt_path, model, accept_licence=accept_licence)
     generator = load(ckpt_path)
-    if not isinstance(generator, Generator | LatentGenerator | Unified | TextVideoAudio):
+    if not isinstance(generator, Generator | LatentGenerator | SegmentGenerator):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if isinstance(generator, TokenDiffusionDecoder):
         raise ValueError(
@@ -391,7 +392,7 @@ def _check_room(output: str, num_samples: int) -> None:
 
 
 def _thoughts(
-    generator: Generator | LatentGenerator | Unified | TextVideoAudio, given: list[str] | None, prompts: Prompts | None
+    generator: Generator | LatentGenerator | SegmentGenerator, given: list[str] | None, prompts: Prompts | None
 ) -> list[str] | None:
     """The thought of each prompt, where thoughts are given.
 
@@ -414,7 +415,7 @@ def _thoughts(
 
 
 def _condition(
-    generator: Generator | LatentGenerator | Unified | TextVideoAudio,
+    generator: Generator | LatentGenerator | SegmentGenerator,
     labels: torch.Tensor,
     texts: list[str],
     *,
@@ -455,7 +456,7 @@ def _wait_for(device: torch.device) -> None:
 
 def _load_decoder(
     path: str,
-    generator: Generator | LatentGenerator | Unified | TextVideoAudio,
+    generator: Generator | LatentGenerator | SegmentGenerator,
     sampler: GuidedSolver | None,
     steps: int | None,
 ) -> TokenDiffusionDecoder:

@@ -115,7 +115,7 @@ class RunningStatistics(FullPrecision):
 class OfWholeBatch:
     """A part of a training step that is no mean over samples: it is computed from all samples of a batch at once.
 
-    So no accumulated micro-batches give it; `discrete_lit.optimization.check_accumulation` asks.
+    So no accumulated micro-batches give it; `discrete_lit.accumulation.check_accumulation` asks.
     """
 
     def whole_batch_terms(self) -> Iterable[str]:

@@ -16,6 +16,7 @@ from discrete_lit.generators.latent_generator import LatentGenerator, LatentLoss
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
+from discrete_lit.generators.segment_generator import SegmentGenerator
 from discrete_lit.generators.super_resolution import SuperResolution
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.text_video_audio import TextVideoAudio, VideoAndAudio
@@ -43,6 +44,7 @@ __all__ = [
     "Masked",
     "NextCell",
     "NextScale",
+    "SegmentGenerator",
     "SuperResolution",
     "TextVideoAudio",
     "TokenDiffusionDecoder",

@@ -7,12 +7,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from discrete_lit.accumulation import AccumulatedMean
 from discrete_lit.backbones.execution import count_flops
 from discrete_lit.core.distributed import alone
 from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.generators.generator import Generator
 from discrete_lit.generators.latent_generator import LatentGenerator
-from discrete_lit.optimization import AccumulatedMean
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
 from discrete_lit.tokenizers.quantizers.codebook import Codebook

@@ -31,6 +31,10 @@ class CaptionIds:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
     def without(self, where: Tensor) -> "CaptionIds":
         """Give the captions in which those of some samples `where (B,)` are empty, and their thoughts."""
         thoughts = None if self.thoughts is None else self.thoughts.without(where)

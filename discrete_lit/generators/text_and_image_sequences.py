@@ -12,28 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from discrete_lit.backbones.segment_grammar import SegmentGrammar
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble
-from discrete_lit.backbones.segments import Segment, SegmentLayout
+from discrete_lit.backbones.segments import Segment
 from discrete_lit.generators.continuous_masked import Patches
+from discrete_lit.generators.segment_generator import SegmentGenerator
 from discrete_lit.generators.text_and_image import CaptionIds, read_captions, split_thoughts
-from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
-from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 
 NullText = Literal["empty", "padding"]
 
 
-class TextAndImageSequences(ClassConditionalTraining):
+class TextAndImageSequences(SegmentGenerator):
     """Turns texts and images into sequences of segments, and back; `Unified` says what the attributes are."""
 
-    text: TextTokenizer
-    text_length: int
     thought_length: int | None
     thought_separator: str
     null_text: NullText
-    layout: SegmentLayout
-    grammar: SegmentGrammar
     image: Segment
     patches: Patches | None
     latent_shape: tuple[int, ...]
@@ -45,11 +39,6 @@ class TextAndImageSequences(ClassConditionalTraining):
     def scale_quantizer(self) -> MultiScaleResidualQuantizer | None:
         """Give the quantizer that makes the vectors of an image in scales; None of other images."""
         return None
-
-    @property
-    def reads_text(self) -> bool:
-        """Captions stand in the sequence itself."""
-        return True
 
     # Texts.
 
@@ -197,13 +186,6 @@ class TextAndImageSequences(ClassConditionalTraining):
         ids = sequence.ids[inside].view(len(sequence), *self.token_shape)
         order = self.codes.argsort()
         return order[torch.searchsorted(self.codes[order], ids)]
-
-    def _inside(self, sequence: SegmentSequence, segment: str) -> Tensor:
-        """`(B, N)` bool: the elements at the positions of a segment."""
-        grammar = self.grammar
-        return (grammar.place_of[sequence.states] >= 0) & (
-            grammar.segment_of[sequence.states] == self.layout.number(segment)
-        )
 
     def text_in(self, sequence: SegmentSequence, segment: str) -> CaptionIds:
         """Take the text of a segment out of each sequence, up to its end."""

@@ -14,22 +14,21 @@ turned so that the whole of it is predicted at one book before the next, finer o
 (section 3.1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
-from discrete_lit.checkpoints import loadable
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, mean_loss, without_prior
-from discrete_lit.generators.training import ClassConditionalTraining
+from discrete_lit.generators.segment_generator import PassShape, SegmentGenerator, streams_of
+from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, without_prior
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
@@ -150,6 +149,10 @@ class VideoAndAudio:
     def __len__(self) -> int:
         return len(self.video)
 
+    @property
+    def device(self) -> torch.device:
+        return self.video.device
+
     def of(self, where: Tensor) -> "VideoAndAudio":
         """Give some of them, `where (B,)` bool."""
         return VideoAndAudio(self.video[where], self.audio[where])
@@ -163,8 +166,7 @@ class TextVideoAudioOutput(SamplerOutput):
     """`(B, frames, books)` int64."""
 
 
-@loadable
-class TextVideoAudio(ClassConditionalTraining):
+class TextVideoAudio(SegmentGenerator):
     """Model a clip and its sound given a text, and the sound given the clip, one id after another (VideoPoet).
 
     A batch is `{"tokens": (B, T', H', W'), "audio_tokens": (B, frames, books), "caption": [...]}`, ids of both
@@ -195,11 +197,6 @@ class TextVideoAudio(ClassConditionalTraining):
     Raises:
         ValueError: a setting out of its range, or tokenizers of another kind.
     """
-
-    reads_labels = False
-    num_classes = 1
-    sampler_kind = SegmentSampler
-    coordinate_name = "position"
 
     def __init__(
         self,
@@ -249,20 +246,10 @@ class TextVideoAudio(ClassConditionalTraining):
             audio_weight=audio_weight,
             positions=positions,
         )
-        self.backbone = backbone(self.layout)
-        self.grammar = self.backbone.grammar
-        self.sampler = sampler or SegmentSampler()
+        self.build_network(backbone, sampler)
 
-    @property
-    def reads_text(self) -> bool:
-        """Captions stand in the sequence itself."""
-        return True
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode as in PyTorch, but keep both tokenizers in eval mode."""
-        super().train(mode)
-        self.audio_tokenizer.eval()
-        return self
+    def frozen_networks(self) -> Iterable[nn.Module]:
+        return (self.audio_tokenizer,)
 
     # Batches.
 
@@ -300,11 +287,7 @@ class TextVideoAudio(ClassConditionalTraining):
         Raises:
             ValueError: a batch without captions, or one that is too long.
         """
-        if "caption" not in batch:
-            raise ValueError(
-                f'a batch holds {", ".join(map(str, batch))} and no "caption": TextVideoAudio models clips with texts'
-            )
-        return self.condition_of_texts(batch["caption"])
+        return self.condition_of_texts(self.texts_in(batch))
 
     def condition_of_texts(  # type: ignore[override]
         self, texts: Sequence[str], *, labels: Tensor | None = None, negative: Sequence[str] | None = None
@@ -341,49 +324,37 @@ class TextVideoAudio(ClassConditionalTraining):
 
     def _sound(self, name: str, ids: Tensor) -> list[SegmentPart]:
         return [
-            SegmentPart(segment=f"{name}_{book}", content=each + self.layout[f"{name}_{book}"].ids[0])
-            for book, each in enumerate(ids.unbind(2))
+            SegmentPart(segment=book, content=each + self.layout[book].ids[0])
+            for book, each in zip(self._books(name), ids.unbind(2), strict=True)
         ]
 
     def _ids(self, sequence: SegmentSequence, name: str) -> Tensor:
         """Take the ids of a segment `(B, P)` out of sequences, counted from 0."""
-        inside = (self.grammar.place_of[sequence.states] >= 0) & (
-            self.grammar.segment_of[sequence.states] == self.layout.number(name)
-        )
-        return sequence.ids[inside].view(len(sequence), -1) - self.layout[name].ids[0]
+        return sequence.ids[self._inside(sequence, name)].view(len(sequence), -1) - self.layout[name].ids[0]
 
     def _sound_of(self, sequence: SegmentSequence, name: str) -> Tensor:
-        books = range(self.audio_shape[1])
-        return torch.stack([self._ids(sequence, f"{name}_{book}") for book in books], dim=2)
+        return torch.stack([self._ids(sequence, book) for book in self._books(name)], dim=2)
+
+    def _books(self, name: str) -> tuple[str, ...]:
+        """Name the segments of a sound, one for each book."""
+        return tuple(f"{name}_{book}" for book in range(self.audio_shape[1]))
 
     # The loss.
 
-    def loss(  # type: ignore[override]
-        self,
-        data: VideoAndAudio,
-        condition: Tensor,
-        random: CounterRandom | None = None,
-        *,
-        dropped: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Average the losses of a batch, over all ranks together.
+    def segment_losses(
+        self, data: VideoAndAudio, condition: Tensor, random: CounterRandom, *, dropped: Tensor | None = None
+    ) -> dict[str, SegmentLosses]:
+        """Cost the prediction of a batch: `"video"` and `"audio"`.
 
         Args:
             data: ids of clips and sounds.
             condition: ids of the texts `(B, text_length)`.
-            random: decides which samples are given as clips; by default row i of the batch is sample i of the seed.
+            random: decides which samples are given as clips.
             dropped: bool `(B,)`, the samples whose text is dropped.
-
-        Returns:
-            The training loss, a scalar, and its terms `loss_of/video` and `loss_of/audio`.
         """
-        if random is None:
-            random = CounterRandom(self.seed, torch.arange(len(data), device=condition.device))
         voiced = random.uniform(Purpose.ORDER, 1)[:, 0] < self.voice_share
         texts = condition if dropped is None else condition.where(~dropped[:, None], self.null_texts(1))
-        losses = self.output_losses(data, texts, voiced=voiced)
-        total, terms, self.loss_weight = mean_loss(losses, island_weight=0.0, z_loss=0.0)
-        return total, terms
+        return self.output_losses(data, texts, voiced=voiced)
 
     def output_losses(self, data: VideoAndAudio, texts: Tensor, *, voiced: Tensor) -> dict[str, SegmentLosses]:
         """Cost the prediction of the outputs' ids, of clips and of sounds.
@@ -394,6 +365,7 @@ class TextVideoAudio(ClassConditionalTraining):
             voiced: bool `(B,)`, the samples that are a given clip and its sound.
         """
         found: dict[str, list[SegmentLosses]] = {}
+        passes: list[PassShape] = []
         for where, voice in ((~voiced, False), (voiced, True)):
             if not bool(where.any()):
                 continue
@@ -401,34 +373,31 @@ class TextVideoAudio(ClassConditionalTraining):
             sequence = (
                 self.voiced_sequence(mine.video, mine.audio) if voice else self.drawn_sequence(texts[where], mine)
             )
+            outputs = self._books("voice") if voice else ("video", *self._books("audio"))
             hidden = self.backbone(sequence)
-            for name, each in id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over).items():
-                # Elements of the prefix see those behind them; segments of the other kind have no ids here.
-                if name in ("text", "given_video") or not len(each.values):
-                    continue
+            losses = id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over)
+            # Elements of the prefix see those behind them; segments of the other kind have no ids here.
+            losses = {name: each for name, each in losses.items() if name in outputs and len(each.values)}
+            passes.append(self.shape_of(sequence, losses))
+            for name, each in losses.items():
                 found.setdefault("video" if name == "video" else "audio", []).append(each)
+        self.step_passes = tuple(passes)
         return {name: SegmentLosses(*map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}  # type: ignore[arg-type]
 
-    def validation_losses(  # type: ignore[override]
+    def validation_losses(
         self, data: VideoAndAudio, condition: Tensor, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of samples that are given as texts, all of them."""
         nobody = torch.zeros(len(data), dtype=torch.bool, device=condition.device)
-        losses = self.output_losses(data, condition, voiced=nobody)
-        return without_prior(losses)
+        return without_prior(self.output_losses(data, condition, voiced=nobody))
 
     @torch.no_grad()
     @in_evaluation
     def log_likelihood(self, data: VideoAndAudio, condition: Tensor) -> Likelihood:
         """Give log p of the ids of clips and sounds given the texts, exact, of the law that `draw` draws from."""
         sequence = self.drawn_sequence(condition, data)
-        owners: list[tuple[str, Tensor]] = []
-        losses = id_losses(self.backbone, sequence, self.backbone(sequence), softmax_over="allowed", owners=owners)
-        nats = torch.zeros(len(data), dtype=torch.float64, device=condition.device)
-        for name, each in losses.items():
-            if name != "text":
-                owner = torch.cat([owner for owned, owner in owners if owned == name])
-                nats = nats.index_add(0, owner, -each.values.double())
-        return Likelihood(nats, "exact")
+        outputs = ("video", *self._books("audio"))
+        return Likelihood(self.nats_of(outputs, sequence, hidden=self.backbone(sequence)), "exact")
 
     # Sampling.
 
@@ -454,9 +423,8 @@ class TextVideoAudio(ClassConditionalTraining):
         Raises:
             ValueError: guidance of a model that never learned to do without a text; frames of another shape.
         """
-        if indices is None:
-            indices = torch.arange(len(condition), device=condition.device)
-        return self.draw(condition, CounterRandom(seed, indices), sampler, first_frames=first_frames).tokens
+        random = streams_of(condition, seed=seed, indices=indices)
+        return self.draw(condition, random, sampler, first_frames=first_frames).tokens
 
     @torch.no_grad()
     def draw(
@@ -469,8 +437,8 @@ class TextVideoAudio(ClassConditionalTraining):
     ) -> TextVideoAudioOutput:
         """Draw clips and their sounds as `sample` does, and report what they cost."""
         sampler = sampler or self.sampler
-        segments = ("video", *(f"audio_{book}" for book in range(self.audio_shape[1])))
-        contexts = self._contexts(sampler, segments)
+        segments = ("video", *self._books("audio"))
+        contexts = self.contexts_of(sampler, segments)
         given = [condition, self.null_texts(1).expand_as(condition)][:contexts]
         prompts = [self.drawn_sequence(texts) for texts in given]
         if first_frames is not None:
@@ -482,36 +450,25 @@ class TextVideoAudio(ClassConditionalTraining):
         else:
             video = self._ids(sequence, "video")
         cost = drawn.costing(video.view(len(condition), *self.token_shape))
-        return TextVideoAudioOutput(
-            tokens=cost.tokens,
-            network_calls=cost.network_calls,
-            sequential_passes=cost.sequential_passes,
-            count_flops=lambda: cost.flops,
-            audio=self._sound_of(sequence, "audio"),
-        )
+        return TextVideoAudioOutput(**vars(cost), audio=self._sound_of(sequence, "audio"))
 
     @torch.no_grad()
     def voice(
         self, video: Tensor, sampler: SegmentSampler | None = None, *, seed: int = 0, indices: Tensor | None = None
     ) -> Tensor:
         """Draw the ids of a sound `(B, frames, books)` for each clip, of ids `(B, T', H', W')`."""
-        if indices is None:
-            indices = torch.arange(len(video), device=video.device)
-        sampler = sampler or self.sampler
-        segments = tuple(f"voice_{book}" for book in range(self.audio_shape[1]))
-        if self._contexts(sampler, segments) > 1:
+        sampler, segments = sampler or self.sampler, self._books("voice")
+        if self.contexts_of(sampler, segments) > 1:
             raise ValueError("sounds of given clips are drawn without guidance: the clip is never dropped")
-        drawn = sampler(self.backbone, [self.voiced_sequence(video)], CounterRandom(seed, indices), segments=segments)
+        random = streams_of(video, seed=seed, indices=indices)
+        drawn = sampler(self.backbone, [self.voiced_sequence(video)], random, segments=segments)
         return self._sound_of(drawn.sequence, "voice")
 
-    def _contexts(self, sampler: SegmentSampler, segments: Sequence[str]) -> int:
-        contexts = sampler.contexts(segments)
-        if contexts > 2 or (contexts > 1 and self.label_dropout == 0):
-            raise ValueError(
-                "guidance is by the text alone, of a generator that learned to do without; this one was trained with "
-                f"label_dropout={self.label_dropout}"
-            )
-        return contexts
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe all three tokenizers in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        if self.audio_tokenizer.hparams:
+            checkpoint["audio_tokenizer_config"] = dict(self.audio_tokenizer.hparams)
 
     def _begun(self, texts: Tensor, frames: Tensor) -> SegmentSequence:
         """Make the prefix and the beginning of the clip: of a whole sequence the first elements."""

@@ -16,6 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from discrete_lit.accumulation import AccumulatedMean, Accumulation, check_accumulation, micro_batches_of
 from discrete_lit.backbones.condition import Condition, check_parts, plain
 from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
@@ -24,16 +25,7 @@ from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, end_statistics_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import (
-    AccumulatedMean,
-    Accumulation,
-    WeightDecayRule,
-    check_accumulation,
-    configure_optimizers,
-    evaluation_stage,
-    is_trained,
-    micro_batches_of,
-)
+from discrete_lit.optimization import WeightDecayRule, configure_optimizers, evaluation_stage, is_trained
 from discrete_lit.tokenizers.text_encoder import TextEncoder
 from discrete_lit.tokenizers.tokenizer import freeze
 

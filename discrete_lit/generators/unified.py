@@ -30,7 +30,6 @@ from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import PositionCount, SegmentLayout
 from discrete_lit.backbones.vision_encoder import VisionEncoder
-from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import OfWholeBatch, at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -41,15 +40,14 @@ from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.next_scale import scale_quantizer_of
 from discrete_lit.generators.published_layout import Vocabulary, published_layout
+from discrete_lit.generators.segment_generator import streams_of
 from discrete_lit.generators.segment_losses import (
     SegmentLosses,
     SoftmaxOver,
     id_losses,
     island_columns,
     masked_losses,
-    mean_loss,
     scale_losses,
-    without_prior,
 )
 from discrete_lit.generators.text_and_image import CaptionIds, split_thoughts, text_and_image_layout
 from discrete_lit.generators.text_and_image_sequences import NullText, TextAndImageSequences
@@ -75,7 +73,6 @@ class UnifiedOutput(SamplerOutput):
     """The thoughts of a model that has them, given or drawn."""
 
 
-@loadable
 class Unified(TextAndImageSequences, OfWholeBatch):
     """Model the sequence of a caption and an image, or of an image and its caption, one element after another.
 
@@ -134,11 +131,6 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         ValueError: a setting out of its range, or that this kind of tokenizer has no use for.
     """
 
-    reads_labels = False
-    num_classes = 1
-    sampler_kind = SegmentSampler
-    coordinate_name = "position"
-
     def __init__(
         self,
         tokenizer: Tokenizer | ContinuousTokenizer,
@@ -174,8 +166,6 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        if self.text_encoder is not None:
-            raise ValueError("text_encoder makes vectors to attend to; this generator reads captions as ids")
         _check_settings(
             {
                 "order": order,
@@ -270,19 +260,22 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             raise ValueError(
                 f"packed_length={packed_length} is shorter than the longest sample, of {self.layout.length} elements"
             )
-        self.backbone = backbone(self.layout)
-        self.grammar = self.backbone.grammar
+        self.build_network(backbone, sampler)
         self.denoiser = denoiser or GaussianDenoiser(RectifiedPath(), prediction="velocity")
         self.objective = DenoisingLoss(self.denoiser, times=times)
-        self.sampler = sampler or SegmentSampler()
         self.segment_means = nn.ModuleDict({segment.name: BinnedMean(1) for segment in self.layout.segments})
-        # Of the last step: rows, elements of each, and numbers that were predicted.
-        self.step_shape: tuple[int, int, int] | None = None
         self.register_buffer("codes", torch.tensor(list(self.image.ids), dtype=torch.int64), persistent=False)
 
     @property
     def scale_quantizer(self) -> MultiScaleResidualQuantizer | None:
         return None if self.image.codes is None else scale_quantizer_of(self.tokenizer)
+
+    @property
+    def island_weight(self) -> float:
+        return self.image_weight
+
+    def frozen_networks(self) -> Iterable[nn.Module]:
+        return () if self.vision is None else (self.vision,)
 
     # Batches.
 
@@ -309,12 +302,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         Raises:
             ValueError: a batch without, as many as there are images, or one that is too long.
         """
-        if "caption" not in batch:
-            raise ValueError(
-                f'a batch holds {", ".join(map(str, batch))} and no "caption": Unified models images with their texts'
-            )
-        lengths = batch.get("caption_length")
-        given = batch["caption"]
+        given, lengths = self.texts_in(batch), batch.get("caption_length")
         if isinstance(given, Tensor) and lengths is None:
             raise ValueError('the "caption" of a batch is ids: give "caption_length" (B,) too')
         if self.thought_length is None:
@@ -334,43 +322,22 @@ class Unified(TextAndImageSequences, OfWholeBatch):
 
     # The loss.
 
-    def loss(
-        self,
-        data: Tensor,
-        condition: CaptionIds,
-        random: CounterRandom | None = None,
-        *,
-        dropped: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Average the losses of a batch, over all ranks together.
-
-        Args:
-            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
-            condition: the captions.
-            random: decides the order, times and noise; by default row i of the batch is sample i of this generator's
-                seed.
-            dropped: bool `(B,)`, the samples whose caption is dropped where it stands in front of the image.
-
-        Returns:
-            The training loss, a scalar, and its terms: `loss_of/<segment>`, and `z_loss` where it has a weight.
-        """
-        self.check_data(data)
-        if random is None:
-            random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
-        losses = self.segment_losses(data, condition, random, dropped=dropped)
-        total, terms, weight = mean_loss(losses, island_weight=self.image_weight, z_loss=self.z_loss)
-        # Two means by two weights, whose ratio changes with the captions, are no mean by one.
-        self.loss_weight = float(len(data)) if self.apart else weight
-        return total, terms
-
     def whole_batch_terms(self) -> list[str]:
         return ["two means, of the ids of captions and of images (image_weight)"] if self.apart else []
 
     def segment_losses(
-        self, data: Tensor, captions: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None
+        self, data: Tensor, condition: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None
     ) -> dict[str, SegmentLosses]:
-        """Cost the prediction of a batch, by segment; arguments as of `loss`."""
-        count, device = len(data), data.device
+        """Cost the prediction of a batch, by segment; arguments as of `loss`.
+
+        Args:
+            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+            condition: the captions.
+            random: decides the order, masks, times and noise.
+            dropped: bool `(B,)`, the samples whose caption is dropped where it stands in front of the image.
+        """
+        self.check_data(data)
+        captions, count, device = condition, len(data), data.device
         first = torch.zeros(count, dtype=torch.bool, device=device)
         if self.order == "both":
             first = random.uniform(Purpose.ORDER, 1)[:, 0] < self.image_first
@@ -414,18 +381,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         if self.image.codes is not None:
             values, _ = scale_losses(self.backbone, sequence, hidden, name="image", ids=data.flatten(1))
             losses["image"] = SegmentLosses(values.flatten(), torch.ones_like(values.flatten()), None)
-        rows, elements = sequence.ids.shape
-        self.step_shape = (rows, elements, sum(self._outputs(name, each) for name, each in losses.items()))
+        self.step_passes = (self.shape_of(sequence, losses),)
         return losses
-
-    def _outputs(self, name: str, losses: SegmentLosses) -> int:
-        """Count the logits of a segment's losses, or the channels of its vectors."""
-        segment, each = self.layout[name], len(losses.values)
-        if segment.codes is not None:
-            return each * segment.codes
-        if segment.input_dim is not None:
-            return each * segment.positions * segment.input_dim
-        return each * (self.backbone.shared_ids if self.softmax_over == "vocabulary" else len(segment.allowed_ids))
 
     def _masked(self, image_first: Tensor, random: CounterRandom) -> Tensor:
         """Choose the ids `(B, P)` of images that are masked, one at least; none in front of a caption."""
@@ -450,27 +407,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         values = torch.stack(list(terms.values())).sum(dim=0)
         return SegmentLosses(values, torch.ones_like(values), None)
 
-    def step_flops(self) -> int:
-        """Count the floating-point operations of the transformer in the last training step, forward and backward.
-
-        At all elements that it read, padding among them, and of what it predicted. How images were encoded before is
-        not counted.
-        """
-        if self.step_shape is None:
-            return 0
-        rows, elements, outputs = self.step_shape
-        blocks = self.backbone.flops(elements, elements)
-        # Most of what comes in needs no gradient.
-        before = self.backbone.input_flops(elements, self.image.input_dim is not None)
-        return rows * (3 * blocks + 2 * before) + 6 * self.backbone.width * outputs
-
     # Validation.
-
-    def validation_losses(
-        self, data: Tensor, condition: CaptionIds, random: CounterRandom
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        losses = self.segment_losses(data, condition, random)
-        return without_prior(losses)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
@@ -529,50 +466,14 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         first = torch.full((len(data),), of == "text", device=data.device)
         sequence = self.sequences(data, captions, image_first=first if self.order == "both" else None)
         hidden = self.backbone(sequence)
-        nats = torch.zeros(len(data), dtype=torch.float64, device=data.device)
         if of == "image" and self.image.codes is not None:
             values, owner = scale_losses(self.backbone, sequence, hidden, name=of, ids=data.flatten(1))
+            nats = torch.zeros(len(data), dtype=torch.float64, device=data.device)
             return Likelihood(nats.index_add(0, owner, -values.double().sum(dim=1)), "exact")
-        owners: list[tuple[str, Tensor]] = []
-        losses = id_losses(
-            self.backbone,
-            sequence,
-            hidden,
-            softmax_over="allowed",
-            forbidden=self.grammar.forbidden_events((of,)) if of == "text" else None,
-            owners=owners,
-        )
-        owner = torch.cat([each for name, each in owners if name == of])
-        return Likelihood(nats.index_add(0, owner, -losses[of].values.double()), "exact")
+        forbidden = self.grammar.forbidden_events((of,)) if of == "text" else None
+        return Likelihood(self.nats_of((of,), sequence, hidden=hidden, forbidden=forbidden), "exact")
 
     # Sampling.
-
-    @torch.no_grad()
-    def sample(
-        self,
-        condition: CaptionIds,
-        sampler: SegmentSampler | None = None,
-        *,
-        seed: int = 0,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        """Draw an image for each caption.
-
-        Args:
-            condition: the captions, as `captions_of` makes them of texts.
-            sampler: this generator's own by default.
-            seed: with `indices`, it alone decides the draw, whatever the batch.
-            indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
-
-        Returns:
-            `(B, *token_shape)` int64 in [0, K), or latents `(B, D, H, W)`; `tokenizer.decode` makes images of them.
-
-        Raises:
-            ValueError: guidance of a model that never learned to do without a caption.
-        """
-        if indices is None:
-            indices = torch.arange(len(condition), device=condition.ids.device)
-        return self.draw(condition, CounterRandom(seed, indices), sampler).tokens
 
     @torch.no_grad()
     def think(
@@ -593,9 +494,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         Raises:
             ValueError: a model without thoughts, or guidance of them.
         """
-        if indices is None:
-            indices = torch.arange(len(condition), device=condition.ids.device)
-        return self.texts_of(self._thought_of(condition, CounterRandom(seed, indices), sampler)[0])
+        random = streams_of(condition, seed=seed, indices=indices)
+        return self.texts_of(self._thought_of(condition, random, sampler)[0])
 
     def _thought_of(
         self, condition: CaptionIds, random: CounterRandom, sampler: SegmentSampler | None
@@ -615,14 +515,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
     ) -> UnifiedOutput:
         """Draw images as `sample` does, and report what they cost, and their thoughts."""
         sampler = sampler or self.sampler
-        contexts = sampler.contexts(("image",))
-        if contexts > 1 and self.label_dropout == 0:
-            raise ValueError(
-                "guidance needs a generator that learned to do without captions; this one was trained with "
-                "label_dropout=0"
-            )
-        if contexts > 2:
-            raise ValueError("image_guidance_scale guides by an image that is given beside the text; here is none")
+        contexts = self.contexts_of(sampler, ("image",))
         thinking = None
         if self.thought_length is not None and condition.thoughts is None:
             thoughts, thinking = self._thought_of(condition, random, sampler)
@@ -641,15 +534,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         )
         in_scales = drawn.codes.get("image")
         images = self.images_of(drawn.sequence) if in_scales is None else in_scales.view(-1, *self.token_shape)
-        cost = drawn.costing(images)
-        calls, passes = (0, 0) if thinking is None else (thinking.network_calls, thinking.sequential_passes)
-        return UnifiedOutput(
-            tokens=cost.tokens,
-            network_calls=cost.network_calls + calls,
-            sequential_passes=cost.sequential_passes + passes,
-            count_flops=lambda: cost.flops + (0 if thinking is None else thinking.flops),
-            thoughts=condition.thoughts,
-        )
+        return UnifiedOutput(**vars(drawn.costing(images, before=thinking)), thoughts=condition.thoughts)
 
     @torch.no_grad()
     def caption(
@@ -675,10 +560,8 @@ class Unified(TextAndImageSequences, OfWholeBatch):
         segment = "text" if self.order == "both" else _DESCRIBING[1]
         if sampler.contexts((segment,)) > 1:
             raise ValueError("captions are drawn without guidance: training never leaves out their image")
-        if indices is None:
-            indices = torch.arange(len(data), device=data.device)
-        prompt = self.given_image(data)
-        drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=(segment,)).sequence
+        random = streams_of(data, seed=seed, indices=indices)
+        drawn = sampler(self.backbone, [self.given_image(data)], random, segments=(segment,)).sequence
         return self.texts_of(self.text_in(drawn, segment))
 
     @property
@@ -695,19 +578,6 @@ class Unified(TextAndImageSequences, OfWholeBatch):
             given = SegmentPart(segment=_DESCRIBING[0], content=self.codes[data.flatten(1)])
             return assemble(self.grammar, [given])
         return self.sequences(data, None, closed=False)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        random = self.random_of(batch, batch_idx)
-        captions = self.condition_of(batch, random)
-        return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe both tokenizers in the checkpoint, so that it loads without their files."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["text_tokenizer_config"] = self.text.config()
-
-    def trained_networks(self) -> Iterable[Any]:
-        return (self.backbone,)
 
 
 class _Flow(NamedTuple):

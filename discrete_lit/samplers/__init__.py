@@ -9,8 +9,10 @@ from discrete_lit.samplers.cell_by_cell import NextCellSampler
 from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
 from discrete_lit.samplers.delayed import DelaySampler
 from discrete_lit.samplers.diffusion import AncestralSampler, DiffusionSampler, FirstHittingSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
 from discrete_lit.samplers.guided_solver import GuidedSolver
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
+from discrete_lit.samplers.islands import MaskedSteps
 from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.maskgit import (
     HaltonConfidenceSampler,
@@ -26,7 +28,7 @@ from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.reverse_rates import EulerSampler, TauLeapingSampler
 from discrete_lit.samplers.sampler import EstimateStep, Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
-from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.samplers.self_correction import SelfCorrectionSampler
 from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 

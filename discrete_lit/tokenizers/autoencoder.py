@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from discrete_lit.accumulation import AccumulatedMean, Accumulation, check_accumulation, micro_batches_of
 from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, frames_of, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -31,16 +32,7 @@ from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.metrics.video import temporal_difference_error
-from discrete_lit.optimization import (
-    AccumulatedMean,
-    Accumulation,
-    WeightDecayRule,
-    check_accumulation,
-    configure_apart,
-    configure_optimizers,
-    evaluation_stage,
-    micro_batches_of,
-)
+from discrete_lit.optimization import WeightDecayRule, configure_apart, configure_optimizers, evaluation_stage
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, ObjectiveTerms, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder

@@ -17,12 +17,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from discrete_lit.accumulation import Accumulation
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.spectral import SCALES, SISNR, SpectralDistance
-from discrete_lit.optimization import Accumulation, WeightDecayRule, evaluation_stage
+from discrete_lit.optimization import WeightDecayRule, evaluation_stage
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer, WaveformLoss
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss

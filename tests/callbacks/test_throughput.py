@@ -7,16 +7,18 @@ import pytest
 import torch
 from helpers.counted_operations import counted
 from helpers.precision_cases import GENERATORS, make_generator
+from helpers.segment_layouts import Words
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
-from discrete_lit.backbones import Transformer
+from discrete_lit.backbones import SegmentTransformer, Transformer
 from discrete_lit.callbacks import Throughput
 from discrete_lit.callbacks import throughput as throughput_file
 from discrete_lit.callbacks.throughput import peak_memory, peak_of
-from discrete_lit.generators import Autoregressive, Masked
+from discrete_lit.generators import Autoregressive, Masked, TextVideoAudio
 from discrete_lit.generators.counted_step import count_step
-from discrete_lit.tokenizers import VQVAE
+from discrete_lit.tokenizers import VQVAE, TokenGrid
 from discrete_lit.tokenizers.losses import AdversarialLoss
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
 from discrete_lit.tokenizers.networks import ConvAutoencoder
@@ -160,6 +162,32 @@ def test_a_step_of_every_generator_is_counted(name: str) -> None:
     generator = make_generator(name).train()
     tokens = torch.zeros(4, *generator.token_shape, dtype=torch.int64)
     assert count_step(generator, {"tokens": tokens, "label": torch.zeros(4, dtype=torch.int64)}) > 0
+
+
+def test_a_generator_over_segments_says_what_its_steps_computed(make_trainer, read_scalars):
+    model = TextVideoAudio(
+        TokenGrid(2, (2, 1, 1)),
+        TokenGrid(2, (1, 2)),
+        image_size=(3, 4, 4),
+        audio_length=8,
+        text_tokenizer=Words(("dark", "bright")),
+        text_length=4,
+        backbone=partial(SegmentTransformer, width=8, depth=1, heads=2),
+        voice_share=0.0,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    rows = [
+        {
+            "tokens": torch.zeros(2, 1, 1, dtype=torch.int64),
+            "audio_tokens": torch.zeros(1, 2, dtype=torch.int64),
+            "caption": "dark",
+        }
+    ]
+    clock = Clock()
+    trainer = make_trainer(max_steps=1, log_every_n_steps=1, callbacks=[Work(clock, step=4.0), Throughput(clock)])
+    trainer.fit(model, DataLoader(rows * BATCH, batch_size=BATCH))
+    assert model.step_flops() > 0
+    assert read_scalars("throughput/teraflops_per_device") == pytest.approx({0: model.step_flops() / 4 / 1e12})
 
 
 def test_each_kind_of_step_is_counted_once(module, make_loader, make_trainer, monkeypatch):

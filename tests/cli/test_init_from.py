@@ -14,11 +14,11 @@ from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 from lightning import Trainer
 from safetensors.torch import save_file
 
-from discrete_lit.backbones import Transformer
+from discrete_lit.backbones import SegmentTransformer, Transformer
 from discrete_lit.cli.init_from import read_start, take_weights
 from discrete_lit.cli.resume import check_tokenizer
-from discrete_lit.generators import Autoregressive
-from discrete_lit.tokenizers import VQVAE, HybridVQ, TokenGrid
+from discrete_lit.generators import Autoregressive, TextVideoAudio
+from discrete_lit.tokenizers import VQVAE, HybridVQ, TextTokenizer, TokenGrid
 
 STILL = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}  # what is taken stays as it was
 AVERAGES = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
@@ -228,3 +228,37 @@ def test_a_decoder_of_other_tokens() -> None:
         ValueError, match=r"'before.ckpt' was trained on another tokenizer than model.init_args.discrete"
     ):
         check_tokenizer(now, checkpoint_of(before), "before.ckpt")
+
+
+def test_frozen_tokenizers_of_a_generator_over_segments() -> None:
+    """Another one than training had is refused, the codec as well; neither is taken in place of the configuration's."""
+
+    def make() -> TextVideoAudio:
+        class Coded(TokenGrid):
+            def __init__(self, vocab_size: int, token_shape: tuple[int, ...]) -> None:
+                super().__init__(vocab_size, token_shape)
+                self.book = torch.nn.Linear(2, 2)
+
+        return TextVideoAudio(
+            Coded(2, (2, 1, 1)),
+            Coded(2, (1, 2)),
+            image_size=(3, 4, 4),
+            audio_length=8,
+            text_tokenizer=TextTokenizer.characters("ab"),
+            text_length=4,
+            backbone=partial(SegmentTransformer, width=8, depth=1, heads=2),
+        )
+
+    before, now = make(), make()
+    now.load_state_dict(before.state_dict())
+    check_tokenizer(now, checkpoint_of(before), "before.ckpt")
+    randomise(now.backbone, 0.5)
+    (said,) = take_weights(now, checkpoint_of(before), "before.ckpt")
+    assert f"of {sum(not name.startswith(('tokenizer.', 'audio_tokenizer.')) for name in now.state_dict())} " in said
+    torch.testing.assert_close(now.backbone.state_dict(), before.backbone.state_dict())
+    for name in ("tokenizer", "audio_tokenizer"):
+        other = make()
+        other.load_state_dict(before.state_dict())
+        randomise(getattr(other, name), 0.5)
+        with pytest.raises(ValueError, match=rf"another tokenizer than model\.init_args\.{name} gives"):
+            check_tokenizer(other, checkpoint_of(before), "before.ckpt")

@@ -11,14 +11,18 @@ import torch
 from helpers.random_weights import randomise
 from helpers.segment_layouts import Words
 from lightning import Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.segment_sequence import seen_by
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.checkpoints import instantiate, load, save, save_pretrained
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.paired_token_arrays import PairedTokenArrays
 from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.generators.text_video_audio import RESERVED_IDS, SPECIAL, TextVideoAudio, VideoAndAudio
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
+from discrete_lit.tokenizers import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import TokenGrid
 
 WORDS = ("dark", "bright")
@@ -236,6 +240,65 @@ def test_it_learns_what_texts_say_from_paired_arrays(tmp_path: Path) -> None:
     assert drawn.tokens.flatten(1).tolist() == [[0, 0], [1, 1]] and drawn.audio is not None
     assert drawn.audio.flatten(1).tolist() == [[0, 0], [1, 1]]
     assert model.voice(drawn.tokens).flatten(1).tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_checkpoint_alone_gives_the_model_back(tmp_path: Path) -> None:
+    """Without the files of both tokenizers and of the text tokenizer."""
+    files = {name: tmp_path / f"{name}.ckpt" for name in ("video", "audio")}
+    for name, shape in (("video", VIDEO), ("audio", AUDIO)):
+        grid = {"vocab_size": 2, "token_shape": list(shape)}
+        save(instantiate({"class_path": "discrete_lit.tokenizers.TokenGrid", "init_args": grid}), files[name])
+    words = tmp_path / "words.json"
+    words.write_text(TextTokenizer.characters("ab").json)
+    frozen = {
+        name: {"class_path": "discrete_lit.tokenizers.from_checkpoint", "init_args": {"checkpoint": str(file)}}
+        for name, file in files.items()
+    }
+    arguments = {
+        "tokenizer": frozen["video"],
+        "audio_tokenizer": frozen["audio"],
+        "image_size": [3, 4, 4],
+        "audio_length": 8,
+        "text_tokenizer": {"class_path": "discrete_lit.tokenizers.TextTokenizer", "init_args": {"file": str(words)}},
+        "text_length": 4,
+        "backbone": {
+            "class_path": "discrete_lit.backbones.SegmentTransformer",
+            "init_args": {"width": 16, "depth": 1, "heads": 2},
+        },
+    }
+    model: Any = instantiate({"class_path": "discrete_lit.generators.TextVideoAudio", "init_args": arguments})
+    randomise(model, 0.5)
+    save(model, tmp_path / "model.ckpt")
+    save_pretrained(model, tmp_path / "folder")
+    for file in (*files.values(), words):
+        file.unlink()
+    texts = model.eval().condition_of_texts(["ab", "", "b"] * 4)
+    random = CounterRandom(3, torch.arange(12))
+    expected = model.draw(texts, random)
+    for saved in ("model.ckpt", "folder"):
+        loaded: Any = load(tmp_path / saved)
+        assert torch.equal(loaded.condition_of_texts(["ab", "", "b"] * 4), texts)
+        drawn = loaded.draw(texts, random)
+        assert torch.equal(drawn.tokens, expected.tokens) and torch.equal(drawn.audio, expected.audio)
+
+
+def test_clips_are_predicted_for_the_texts_of_a_batch() -> None:
+    model = generator()
+    model.tokenizer.decode = lambda tokens: tokens  # a grid has no decoder
+    batch = {"tokens": EVERYTHING.video, "audio_tokens": EVERYTHING.audio, "caption": ["dark"] * 16}
+    found = model.predict_step({**batch, "index": torch.arange(5, 21)}, 0)
+    expected = model.sample(model.condition_of_texts(["dark"] * 16), indices=torch.arange(5, 21))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("voice_share", [0.0, 0.5])
+def test_the_operations_of_a_step_are_counted(voice_share: float) -> None:
+    """Against torch's counter, which knows the backward pass of attention better; sequences of both kinds."""
+    model = generator(voice_share=voice_share, backbone=partial(SegmentTransformer, width=64, depth=2, heads=2)).train()
+    assert model.step_flops() == 0
+    with FlopCounterMode(display=False) as counter:
+        model.loss(EVERYTHING, model.condition_of_texts(["dark"] * 16))[0].backward()
+    assert model.step_flops() == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:

@@ -17,13 +17,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.backbones.vision_encoder import VisionEncoder
 from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import CosineSchedule
+from discrete_lit.generators.published_layout import Vocabulary
 from discrete_lit.generators.segment_losses import id_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
-from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.islands import MaskedSteps
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers import PixelLevels, RawPixels, TextTokenizer
 
 WORDS = ("black", "white")
@@ -102,6 +106,19 @@ def test_texts_are_drawn_by_their_probabilities() -> None:
     drawn = generator.caption(image.expand(4000, 1, 2))
     found = torch.tensor([drawn.count(text) for text in EVERY_TEXT]) / 4000
     assert (found - expected).abs().sum() < 0.08
+
+
+def test_a_frozen_vision_encoder_stays_in_eval_mode() -> None:
+    """Its features would change with dropout, and a training of what reads them with it."""
+    encoder = VisionEncoder(8, 1, heads=2, image_size=4, patch_size=2)
+    encoder.blocks.append(torch.nn.Dropout(0.5))
+    vocabulary = Vocabulary(size=9, image_first=5, image_begin=7, features=(encoder.places, encoder.width))
+    generator = unified(vision=encoder, vocabulary=vocabulary).train()
+    assert generator.training and generator.backbone.training and generator.vision is not None
+    assert not any(module.training for module in generator.vision.modules())
+    assert not any(parameter.requires_grad for parameter in generator.vision.parameters())
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(generator.vision(images), generator.vision(images))
 
 
 def batch_of(generator: Unified, count: int = 8) -> tuple[Tensor, CaptionIds]:

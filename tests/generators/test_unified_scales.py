@@ -189,8 +189,8 @@ def test_the_loss_in_scales_is_the_likelihood(unified: Callable[..., Unified]) -
     expected = -generator.log_likelihood(EVERY_IMAGE[[5, 77]], captions).nats.mean() / 5
     torch.testing.assert_close(terms["loss_of/image"].double(), expected)
     torch.testing.assert_close(loss.double(), 2 * expected)
-    rows, _, outputs = generator.step_shape or (0, 0, 0)
-    assert rows == 2 and outputs >= 2 * 5 * 3 and generator.step_flops() > 0
+    (read,) = generator.step_passes
+    assert read.rows == 2 and read.outputs >= 2 * 5 * 3 and generator.step_flops() > 0
 
 
 def test_scales_that_do_not_fit_are_refused(

@@ -16,7 +16,9 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators.segment_losses import masked_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.pretrained.meta_chameleon import chameleon_codes
-from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.islands import MaskedSteps
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from helpers.golden import Case, Compared, Load, Tensors
 from helpers.golden_latents import gradients
 

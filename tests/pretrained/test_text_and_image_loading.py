@@ -23,7 +23,8 @@ from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.meta_chameleon import chameleon_codes
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.draw_settings import DrawSettings
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers import TextTokenizer
 
 pytestmark = pytest.mark.parity

@@ -16,8 +16,10 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import Euler
 from discrete_lit.samplers import segment_by_segment
+from discrete_lit.samplers.draw_settings import DrawSettings
 from discrete_lit.samplers.guidance import guide_twice
-from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentOutput, SegmentSampler
+from discrete_lit.samplers.islands import MaskedSteps
+from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
 
 DENOISER = GaussianDenoiser(RectifiedPath(), prediction="velocity")
 
