@@ -86,11 +86,6 @@ gpu-wheels: ## download the packages that a bare GPU machine lacks, for GPU_PYTH
 gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds the reference outputs
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_pack.py $(if $(GOLDEN),--golden $(GOLDEN))
 
-# On Linux freed memory is kept for the next batch instead of being given back to the system and cleared again, which
-# makes training on a processor 5 to 10% faster (glibc's allocator; others ignore this).
-export MALLOC_MMAP_THRESHOLD_ := 1073741824
-export MALLOC_TRIM_THRESHOLD_ := 4294967296
-
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.
 # While it trains, two commands share the processors, which keeps them busier than one does; it samples one by one, so that

@@ -3,6 +3,8 @@
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from discrete_lit.core.allocator import keep_freed_memory
+
 MOST_DEVICES = 256
 """Devices of one machine; on CPUs each is a process, and anything is accepted for a number of them."""
 
@@ -25,13 +27,15 @@ def make_fabric(
     if num_nodes < 1:
         raise ValueError(f"num_nodes is {num_nodes}, accepted: 1 or more")
     try:
-        return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         with_precision = f", precision={precision!r}" if precision else ""
         reason = " ".join(str(error).split())
         raise ValueError(
             f"accelerator={accelerator!r}, devices={devices!r}{with_precision} cannot be had: {reason}"
         ) from error
+    keep_freed_memory(fabric.device)
+    return fabric
 
 
 def check_devices(devices: object, setting: str) -> None:

@@ -63,6 +63,7 @@ from discrete_lit.cli.run_folder import (
     holds_a_run,
     logged_steps,
 )
+from discrete_lit.core.allocator import keep_freed_memory
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.lightning_internals import PrecisionInput, continue_csv_log
@@ -398,6 +399,7 @@ class TrainingCLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         except TypeError as error:  # so Lightning refuses some numbers of devices
             raise ValueError(f"trainer: {error}") from error
+        keep_freed_memory(trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
