@@ -12,7 +12,8 @@ the same moments, once. Then all three for a set of half as many images as featu
 and with Inception sFID and the Inception Score, take beside the features that they are given.
 
 `evaluation`: `discrete-lit evaluate` of an npz of samples, from reading them to the report, with precision and recall,
-against a reference that an earlier evaluation kept; beside it the features alone, of the same images in memory.
+against a reference that an earlier evaluation kept; beside it the features alone, of the same images in memory. By
+EfficientNet-Lite0, and by Inception with random weights a fifth of the images.
 
 `ranks`: the same samples measured by two gloo ranks of one thread each, and by one of one thread; and what extraction
 alone gains, whose processes share caches and memory.
@@ -49,6 +50,7 @@ from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import ImageDistance
 from discrete_lit.callbacks.image_grids import undisturbed
 from discrete_lit.cli.evaluate import evaluate
+from discrete_lit.core.allocator import keep_freed_memory
 from discrete_lit.core.files import file_sha256
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import measure
@@ -245,9 +247,8 @@ def write_images(path: Path, count: int, seed: int) -> str:
     return str(path)
 
 
-def measure_evaluation(folder: str, count: int, rounds: int) -> list[Figure]:
-    samples, reference = (write_images(Path(folder) / f"{seed}.npz", count, seed) for seed in (0, 1))
-    extractor = EfficientNetLite0()
+def measure_evaluation(folder: str, extractor: FeatureExtractor, count: int, rounds: int) -> list[Figure]:
+    samples, reference = (write_images(Path(folder) / f"{count}-{seed}.npz", count, seed) for seed in (0, 1))
     images = torch.from_numpy(np.load(samples)["arr_0"]).movedim(-1, 1).contiguous()
 
     def evaluated() -> None:
@@ -260,16 +261,18 @@ def measure_evaluation(folder: str, count: int, rounds: int) -> list[Figure]:
                 extractor(batch)
 
     taken = alternate({"features": extracted, "evaluation": partial(quietly, evaluated)}, rounds)
-    print(f"\nEvaluation of {count:,} images, {torch.get_num_threads()} threads, {rounds} rounds")
+    with_what = f"by {extractor.name}, {torch.get_num_threads()} threads"
+    print(f"\nEvaluation of {count:,} images {with_what}, {rounds} rounds")
     for name, times in taken.items():
         print(f"  {name:24s} {milliseconds(times)}")
     print(f"  evaluation / features: {ratio(taken['evaluation'], taken['features'], f'at most {1 + ADDED_TARGET}')}")
-    name = f"evaluation of {count:,} images / their features"
+    name = f"evaluation of {count:,} images / their features of {extractor.name}"
     return [at_most(name, taken["evaluation"], taken["features"], 1 + ADDED_TARGET)]
 
 
 def measure_share(rank: int, ranks: int, samples: str, address: str, results: Any) -> None:
     """Measure the samples with others, in one thread, then extract alone, and tell how long all took for each."""
+    keep_freed_memory(torch.device("cpu"))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     extractor = EfficientNetLite0()
@@ -382,6 +385,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     found: list[Figure] = []
+    # As every command does.
+    keep_freed_memory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         if "distance" in options.parts:
             found += measure_distance(options.width, options.rounds)
@@ -390,7 +395,8 @@ def main() -> None:
             found += measure_added(EfficientNetLite0(), 224, options.rounds)
             found += measure_added(random_inception(folder), 256, options.rounds)
         if "evaluation" in options.parts:
-            found += measure_evaluation(folder, options.images, options.rounds)
+            found += measure_evaluation(folder, EfficientNetLite0(), options.images, options.rounds)
+            found += measure_evaluation(folder, random_inception(folder), options.images // 5, options.rounds)
         if "ranks" in options.parts:
             found += measure_ranks(folder, options.images, options.rounds)
         if "callback" in options.parts:
