@@ -21,7 +21,7 @@ alone gains, whose processes share caches and memory.
 `callback`: `ImageDistance` behind a training step of a masked generator, with precision and recall; beside it drawing,
 decoding and extracting alone.
 
-The table at the end has every figure beside its target. All parts take about five minutes on two cores.
+The table at the end has every figure beside its target. All parts take about twenty minutes on two cores.
 """
 
 import argparse
