@@ -328,7 +328,7 @@ class Unified(TextAndImageSequences, OfWholeBatch):
     def segment_losses(
         self, data: Tensor, condition: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None
     ) -> dict[str, SegmentLosses]:
-        """Cost the prediction of a batch, by segment; arguments as of `loss`.
+        """Cost the prediction of a batch, by segment.
 
         Args:
             data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
