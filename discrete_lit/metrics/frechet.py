@@ -144,7 +144,7 @@ class Moments:
         self._is_covariance = True
 
     def _rounding(self) -> float:
-        """What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of."""
+        """Bound what rounding does: in float32 to the covariance, in float64 to the products that it is made of."""
         return 1e-5 * float(self.covariance.abs().max()) + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
 
     def factor_by(self, features: Tensor) -> None:
