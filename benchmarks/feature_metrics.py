@@ -385,7 +385,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     found: list[Figure] = []
-    # As every command does.
+    # As evaluation and training do.
     keep_freed_memory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         if "distance" in options.parts:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 
 from discrete_lit.core.background import BackgroundQueue
@@ -154,8 +154,6 @@ def shard_steps(module: LightningModule, mesh: DeviceMesh) -> None:
         module: whose steps they are; `isinstance(module, FSDPModule)` from then on.
         mesh: of the ranks, one-dimensional.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
     for step in _STEPS:

@@ -152,7 +152,7 @@ class SegmentGenerator(ClassConditionalTraining):
             The training loss, a scalar, and its terms: `loss_of/<segment>`, and `z_loss` where it has a weight.
         """
         if random is None:
-            random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
+            random = streams_of(data, seed=self.seed, indices=None)
         losses = self.segment_losses(data, condition, random, dropped=dropped)
         total, terms, weight = mean_loss(losses, island_weight=self.island_weight, z_loss=self.z_loss)
         # Two means by two weights, whose ratio changes with the texts, are no mean by one.

@@ -30,7 +30,7 @@ def of_a_process(environment: dict[str, str]) -> tuple[bool, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_is_kept_unless_the_environment_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_kept_unless_the_environment_says_how() -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     kept, pages = of_a_process(plain)
     assert kept and pages < 1000
