@@ -92,7 +92,8 @@ class FeatureMeter:
         self.classifiers = dict(classifiers or {})
         self.scores = dict(scores or {})
         self._even = EvenSample(most_features, count)
-        self._moments = FeatureMoments(extractor)
+        # Kept features of few images are a factor of their covariance, which need not be summed.
+        self._moments = None if self._even.limit == count <= extractor.dim else FeatureMoments(extractor)
         self._waiting: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._spread: ClassSpread | None = None
@@ -110,15 +111,17 @@ class FeatureMeter:
         features = parts[POOL]
         if not bool(features.isfinite().all()):
             raise ValueError(f"{self.extractor.name} gives features of {self.source} that are not finite")
-        if features.device.type == "cuda":  # float64 is there, and the features need not be waited for
-            self._moments.to(features.device)
-        self._waiting.append(features)
-        if sum(map(len, self._waiting)) >= _SUMMED_AT_ONCE:
-            self._sum_waiting()
+        # On CUDA float64 is there, and the features need not be waited for.
+        summed_on = features.device if features.device.type == "cuda" else torch.device("cpu")
+        if self._moments is not None:
+            self._moments.to(summed_on)
+            self._waiting.append(features)
+            if sum(map(len, self._waiting)) >= _SUMMED_AT_ONCE:
+                self._sum_waiting()
         for score in self.scores.values():
             # The splits of an Inception Score go by the number of the image.
             numbers = {"indices": indices} if score.part == LOGITS else {}
-            score.to(self._moments.total.device).update(parts[score.part], **numbers)
+            score.to(summed_on).update(parts[score.part], **numbers)
         if self._even.limit:
             self._kept.append(features.detach().cpu()[self._even.chosen(indices)])
         if labels is not None and self.num_classes is not None:
@@ -136,15 +139,16 @@ class FeatureMeter:
             self._correct[name].index_add_(0, labels[known], hits[known].double())
 
     def _sum_waiting(self) -> None:
-        if self._waiting:
+        if self._moments is not None and self._waiting:
             self._moments.update(torch.cat(self._waiting))
             self._waiting = []
 
     def _metrics(self) -> dict[str, Any]:
         self._sum_waiting()
+        moments = {} if self._moments is None else {"moments": self._moments}
         spread = {} if self._spread is None else {"spread": self._spread}
         scores = {f"score.{name}": score for name, score in self.scores.items()}
-        return {"moments": self._moments, **scores, **spread, **_metrics_of(self.transform)}
+        return {**moments, **scores, **spread, **_metrics_of(self.transform)}
 
     def tally(self) -> Tally:
         sums = states_of(self._metrics())
@@ -166,16 +170,24 @@ class FeatureMeter:
         self._kept = [tally.rows["features"]] if "features" in tally.rows else []
 
     def measurement(self) -> Measurement:
-        """Give the statistics of what was counted."""
-        self._sum_waiting()
-        with whole_metrics():
-            moments = self._moments.compute()
-            scores = {name: score.compute() for name, score in self.scores.items()}
+        """Give the statistics of what was counted.
+
+        Raises:
+            ValueError: fewer than two images.
+        """
         features = self.tally().rows["features"]
-        moments.factor_by(features)
+        with whole_metrics():
+            moments = self._computed_moments(features)
+            scores = {name: score.compute() for name, score in self.scores.items()}
         return Measurement(
             moments=moments, features=features, spread=self._spread, scores=scores, correct=dict(self._correct)
         )
+
+    def _computed_moments(self, features: Tensor) -> Moments:
+        if self._moments is not None:
+            return self._moments.compute()
+        extractor, sha256 = self.extractor.name, self.extractor.weights_sha256
+        return Moments.of_features(features, extractor=extractor, weights_sha256=sha256)
 
 
 def _metrics_of(transform: Any) -> dict[str, Any]:

@@ -42,7 +42,10 @@ class Moments:
 
     Args:
         mean: `(D,)` float64.
-        covariance: `(D, D)` float64, unbiased (divided by count - 1).
+        covariance: `(D, D)` float64, unbiased (divided by count - 1). None where it is the product of a factor, and then
+            computed when it is asked for.
+        factor: `(D, count)` float64, whose product with its transpose is the covariance: it spares a distance the
+            eigenvectors of the covariance, and `check` its eigenvalues. See `of_features`.
         count: of the set; None where a file does not say, as in ADM's reference files, like the next two.
         extractor: name of the network.
         weights_sha256: hash of its weights.
@@ -53,24 +56,60 @@ class Moments:
     def __init__(
         self,
         mean: Tensor,
-        covariance: Tensor,
+        covariance: Tensor | None,
         *,
+        factor: Tensor | None = None,
         count: int | None = None,
         extractor: str | None = None,
         weights_sha256: str | None = None,
         apply_exif: bool | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> None:
+        if covariance is None and factor is None:
+            raise ValueError("moments need a covariance or a factor of it")
         self.mean = mean
-        self.covariance = covariance
+        self._covariance = covariance
+        self.factor = factor
         self.count = count
         self.extractor = extractor
         self.weights_sha256 = weights_sha256
         self.apply_exif = apply_exif
         self.image_size = image_size
-        self.factor: Tensor | None = None
-        """`(D, count)` float64, whose product with its transpose is the covariance, where the features are there."""
-        self._is_covariance = False
+        self._is_covariance = factor is not None
+
+    @staticmethod
+    def of_features(features: Tensor, **facts: Any) -> Moments:
+        """Make moments of fewer features than their width, which are a factor of their covariance.
+
+        Args:
+            features: `(count, D)`, 1 < count <= D.
+            **facts: what is known of them, as the constructor takes it.
+
+        Raises:
+            ValueError: another number of features.
+        """
+        count, dim = features.shape
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+        if count > dim:
+            raise ValueError(f"{count:,} features of width {dim:,} are more than make a factor: sum them up")
+        features = features.double()
+        mean = features.mean(0)
+        return Moments(mean, None, factor=(features - mean).T / (count - 1) ** 0.5, count=count, **facts)
+
+    @property
+    def covariance(self) -> Tensor:
+        if self._covariance is None:
+            assert self.factor is not None
+            self._covariance = self.factor @ self.factor.T
+        return self._covariance
+
+    @property
+    def trace(self) -> Tensor:
+        """The sum of the variances."""
+        if self._covariance is None and self.factor is not None:
+            return self.factor.square().sum()
+        return self.covariance.trace()
 
     @property
     def dim(self) -> int:
@@ -114,10 +153,12 @@ class Moments:
         """
         if self.count is not None and self.count < 2:
             raise ValueError(f"{what}: a covariance needs at least 2 images, its count is {self.count}")
-        for name, values in (("mean", self.mean), ("covariance", self.covariance)):
+        spread, bound = (self._covariance, _LARGEST) if self.factor is None else (self.factor, _LARGEST**0.5)
+        assert spread is not None
+        for name, values, largest in (("mean", self.mean, _LARGEST), ("covariance", spread, bound)):
             if broken := int((~values.isfinite()).sum()):
                 raise ValueError(f"{what}: {broken:,} values of its {name} are not finite")
-            if float(values.abs().max()) > _LARGEST:
+            if float(values.abs().max()) > largest:
                 raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
         if self._is_covariance:
             return
@@ -147,22 +188,6 @@ class Moments:
         """Bound what rounding does: in float32 to the covariance, in float64 to the products that it is made of."""
         return 1e-5 * float(self.covariance.abs().max()) + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
 
-    def factor_by(self, features: Tensor) -> None:
-        """Take the features `(count, D)` that these are the moments of for a factor, if they are fewer than D.
-
-        It spares a distance the eigenvectors of the covariance, and `check` its eigenvalues. Features that do not have
-        this covariance, of moments that were not summed here, are left alone.
-        """
-        if self.count is None or not 1 < len(features) == self.count <= self.dim:
-            return
-        factor = (features.double() - self.mean).T / (self.count - 1) ** 0.5
-        if not self._is_covariance:
-            # Written so that values that are not finite are no factor.
-            if not bool(((factor @ factor.T - self.covariance).abs() <= self._rounding()).all()):
-                return
-            self._is_covariance = True
-        self.factor = factor
-
     @staticmethod
     def load(path: str | Path, extractor: FeatureSource | None = None, *, features: Tensor | None = None) -> Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
@@ -171,7 +196,8 @@ class Moments:
             path: the file.
             extractor: whose features the moments must be of, by their width; any by default. Of a `FeatureSpace` of
                 spatial features, `mu_s` and `sigma_s` are read.
-            features: of the same images, where they are at hand: see `factor_by`.
+            features: of the same images, where they are at hand. If they are all of them and no more than D, and have
+                the mean of the file, they are taken in place of its covariance.
 
         Raises:
             ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
@@ -212,18 +238,33 @@ class Moments:
                     raise ValueError(f"{name}: its {key} has {header.size:,} bytes, it must be {wanted}")
                 value = file.read(key).tolist()
                 facts[key] = tuple(value) if isinstance(value, list) else value
-            arrays = {key: file.read(key) for key in (mu, sigma)}
+            mean = _real_numbers(file.read(mu), f"{name}: {mu!r}")
+            known = features is not None and 1 < len(features) == facts.get("count") <= len(mean)
+            # Written so that a mean that is not finite agrees with none.
+            if known and torch.allclose(features.double().mean(0), mean, rtol=1e-9, atol=1e-9 * float(mean.abs().max())):
+                covariance = None
+            else:
+                covariance = _real_numbers(file.read(sigma), f"{name}: {sigma!r}")
         if is_spatial and "extractor" in facts:
             facts["extractor"] = f"{facts['extractor']}-{SPATIAL}"
-        for key, array in arrays.items():
-            if array.dtype.kind not in "fiu":
-                raise ValueError(f"{name}: {key!r} is of {array.dtype}, it must be of real numbers")
-        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays.values())
-        moments = Moments(mean, covariance, **facts)
-        if features is not None:
-            moments.factor_by(features)
+        if covariance is None:
+            del facts["count"]
+            moments = Moments.of_features(features, **facts)
+        else:
+            moments = Moments(mean, covariance, **facts)
         moments.check(name)
         return moments
+
+
+def _real_numbers(array: np.ndarray, what: str) -> Tensor:
+    """Take an array of a file as float64.
+
+    Raises:
+        ValueError: an array of another kind.
+    """
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{what} is of {array.dtype}, it must be of real numbers")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def holds_moments(path: str | Path) -> bool:
@@ -344,7 +385,8 @@ def frechet_distance(
         |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
 
     With any factor S1 = F F', S1 S2 has the eigenvalues of F' S2 F: those of a symmetric matrix, real, several times
-    faster than the general root, and fewer where S1 has a low rank. F is Cholesky's where S1 has full rank.
+    faster than the general root, and fewer where S1 has a low rank. F is Cholesky's where S1 has full rank. With a
+    factor of S2 too, S2 = G G', they are the eigenvalues of (F' G) (F' G)'.
     Eigenvalues that the sample counts rule out (`Moments.rank`) are rounding noise, whose roots would add up, and are
     left out.
 
@@ -360,18 +402,29 @@ def frechet_distance(
         raise ValueError(f"moments of width {first.dim} and {second.dim}: they come from different extractors")
     for moments, name in zip((first, second), names, strict=True):
         moments.check(name)
-    if torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance):
+    if torch.equal(first.mean, second.mean) and _same_covariance(first, second):
         return 0.0
     # The one of lower rank gives the smaller problem, with as many eigenvalues as can be there.
     low, high = (first, second) if first.rank <= second.rank else (second, first)
     factor = _factor(low)
-    spectrum = torch.linalg.eigvalsh(factor.T @ high.covariance @ factor)[-low.rank :]
+    if high.factor is not None:
+        between = factor.T @ high.factor
+        product = between @ between.T
+    else:
+        product = factor.T @ high.covariance @ factor
+    spectrum = torch.linalg.eigvalsh(product)[-low.rank :]
     cross = spectrum.clamp(min=0).sqrt().sum()
     difference = first.mean - second.mean
-    distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
+    distance = difference @ difference + first.trace + second.trace - 2 * cross
     assert bool(distance.isfinite())
     # Below 0 by rounding alone, as both are covariances.
     return max(0.0, float(distance))
+
+
+def _same_covariance(first: Moments, second: Moments) -> bool:
+    if first.factor is not None and second.factor is not None:
+        return torch.equal(first.factor, second.factor)
+    return torch.equal(first.covariance, second.covariance)
 
 
 def _factor(moments: Moments) -> Tensor:

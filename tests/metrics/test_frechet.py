@@ -91,29 +91,48 @@ def test_fewer_samples_than_features(counts):
 def test_few_features_are_a_factor_of_their_covariance(counts, monkeypatch):
     data = [random_features(count, 64, seed) for seed, count in enumerate(counts)]
     expected = frechet_distance(*map(moments_of, data))
-    moments = [moments_of(features) for features in data]
-    for each, features in zip(moments, data, strict=True):
-        each.factor_by(torch.from_numpy(features))
-    assert [each.factor is not None for each in moments] == [count <= 64 for count in counts]
+    moments = [
+        Moments.of_features(torch.from_numpy(features)) if len(features) <= 64 else moments_of(features)
+        for features in data
+    ]
     monkeypatch.setattr(torch.linalg, "eigh", lambda *_: pytest.fail("eigenvectors"))
     assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(moments[0], Moments.of_features(torch.from_numpy(data[0]))) == 0.0
+    for each, features in zip(moments, data, strict=True):
+        np.testing.assert_allclose(each.covariance.numpy(), np.cov(features.astype(np.float64).T), atol=1e-12)
+        assert float(each.trace) == pytest.approx(np.trace(np.cov(features.T)), rel=1e-10)
 
 
-def test_the_features_of_a_file_spare_it_eigenvalues_and_others_are_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("count", "message"), [(1, "at least 2 samples, got 1"), (65, "more than make a factor")])
+def test_other_numbers_of_features_are_no_factor(count, message):
+    with pytest.raises(ValueError, match=message):
+        Moments.of_features(torch.zeros(count, 64))
+
+
+@pytest.mark.parametrize(("value", "message"), [(torch.nan, "64 values of its mean are not finite"), (1e60, "beyond")])
+def test_a_factor_without_a_finite_distance_is_refused(value, message):
+    features = torch.zeros(9, 64).double()
+    features[3] = value
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(Moments.of_features(features), moments_of(random_features(9, 64, 0)))
+
+
+def test_the_features_of_a_file_stand_for_its_covariance_and_others_do_not(tmp_path, monkeypatch):
     data, others = (torch.from_numpy(random_features(30, 64, seed)) for seed in range(2))
     path = tmp_path / "moments.npz"
     moments_of(data.numpy()).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigvalsh", lambda *_: pytest.fail("eigenvalues"))
         stored = Moments.load(path, features=data)
-    assert stored.factor is not None
+    assert stored.factor is not None and stored.count == 30
+    torch.testing.assert_close(stored.covariance, Moments.load(path).covariance, rtol=0, atol=1e-12)
     for wrong in (others, data[:29], torch.full_like(data, torch.nan)):
         assert Moments.load(path, features=wrong).factor is None
     broken = moments_of(data.numpy())
     broken.covariance[3, 3] = -1e3
     broken.save(path)
     with pytest.raises(ValueError, match="a covariance has none below 0"):
-        Moments.load(path, features=data)
+        Moments.load(path, features=others)
 
 
 def test_different_widths_are_refused():
