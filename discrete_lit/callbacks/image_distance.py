@@ -28,7 +28,7 @@ from discrete_lit.evaluation.feature_statistics import (
     reference_from_moments,
 )
 from discrete_lit.evaluation.image_sets import Selection, open_image_set
-from discrete_lit.evaluation.rows import NEIGHBOURS, reference_manifold
+from discrete_lit.evaluation.rows import NEIGHBOURS, manifold_for
 from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 from discrete_lit.metrics.frechet import frechet_distance, holds_moments
@@ -331,7 +331,7 @@ class ImageDistance(Callback):
                 if self._manifold is None:
                     # Distances are float64, which not every device has.
                     device = module.device if module.device.type == "cuda" else torch.device("cpu")
-                    self._manifold, _ = reference_manifold(reference, len(made.features), device)
+                    self._manifold, _ = manifold_for(reference, len(made.features), device)
                 if self._manifold is not None:
                     both = precision_and_recall(made.features, self._manifold)
                     for word, value in zip(("precision", "recall"), both, strict=True):

@@ -275,7 +275,7 @@ class _Evaluation:
 
     def _measure_reference(self) -> None:
         from discrete_lit.evaluation.feature_statistics import reference_from_images
-        from discrete_lit.evaluation.rows import reference_manifold
+        from discrete_lit.evaluation.rows import manifold_for
 
         opened = self.opened
         self.reference = opened.reference_moments
@@ -299,7 +299,7 @@ class _Evaluation:
             batch = self._measure(opened.reference_batch, "images of the reference")
             self.reference = None if batch is None else replace(self.reference, features=batch.features)
         if self.reference is not None and rank() == 0:
-            self.manifold, reason = reference_manifold(self.reference, self.opened.count, self.device)
+            self.manifold, reason = manifold_for(self.reference, self.opened.count, self.device)
             if self.manifold is None:
                 self.notes.append(f"precision and recall are not measured: {reason}")
 

@@ -27,7 +27,7 @@ from discrete_lit.evaluation.feature_statistics import (
 )
 from discrete_lit.evaluation.image_sets import Selection, open_image_set
 from discrete_lit.evaluation.prompts import Prompts, chosen_prompts, class_of_prompts
-from discrete_lit.evaluation.rows import reference_manifold
+from discrete_lit.evaluation.rows import manifold_for
 from discrete_lit.evaluation.sampler_sweep import (
     Settings,
     SweepPoint,
@@ -164,7 +164,7 @@ def sweep(
             folder=folder,
         )
     assert known is not None
-    manifold = reference_manifold(known, num_samples, fabric.device)[0] if rank() == 0 else None
+    manifold = manifold_for(known, num_samples, fabric.device)[0] if rank() == 0 else None
     made_by: tuple[Any, ...] = (
         file_sha256(weights_of(ckpt_path)),
         known.sha256,

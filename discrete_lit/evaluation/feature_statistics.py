@@ -32,7 +32,7 @@ from discrete_lit.evaluation.shares import (
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.extractors import LOGITS, POOL, FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
-from discrete_lit.metrics.precision_recall import ClassSpread
+from discrete_lit.metrics.precision_recall import ClassSpread, Manifold
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
 _log = logging.getLogger(__name__)
@@ -300,6 +300,8 @@ class Reference:
     moments: Moments
     features: Tensor | None
     """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""
+    kept: Path | None = None
+    """What the names of the files begin with that its statistics are kept in; None where none are."""
 
 
 def reference_from_moments(
@@ -370,14 +372,14 @@ def reference_from_images(
         *(extractor.name, extractor.weights_sha256, extractor.protocol, extractor.dim, MOST_FEATURES),
     )
     key = content_sha256(repr(settings))
-    kept_moments = folder / f"reference-{key[:16]}.npz"
-    kept_features = kept_moments.with_suffix(".features.npy")
+    kept = folder / f"reference-{key[:16]}"
+    kept_moments, kept_features = kept.with_suffix(".npz"), kept.with_suffix(".features.npy")
     # The ranks must agree, and a file of another machine may not be seen yet.
     if all(gather_objects(kept_moments.is_file() and kept_features.is_file())):
         try:
-            features = _read_features(kept_features, extractor.dim)
+            features = _read_finite(kept_features, np.float32, (None, extractor.dim))
             moments = Moments.load(kept_moments, extractor, features=features)
-            return Reference(name=name, sha256=sha256, moments=moments, features=features)
+            return Reference(name=name, sha256=sha256, moments=moments, features=features, kept=kept)
         except ValueError as error:
             _log.warning("computing the reference again: %s", error)
     measured = measure(
@@ -400,22 +402,52 @@ def reference_from_images(
         moments.save(kept_moments)
         with atomic_write(kept_features) as file:
             np.save(file, features.numpy())
-    return Reference(name=name, sha256=sha256, moments=moments, features=features)
+    return Reference(name=name, sha256=sha256, moments=moments, features=features, kept=kept)
 
 
-def _read_features(path: Path, dim: int) -> Tensor:
+def reference_manifold(reference: Reference, neighbours: int, *, device: torch.device) -> Manifold:
+    """Span the manifold of a reference's features, by the radii that an earlier evaluation kept where there are any.
+
+    Args:
+        reference: one with features.
+        neighbours: k.
+        device: where distances are computed.
+
+    Raises:
+        ValueError: what `Manifold` raises.
+    """
+    assert reference.features is not None
+    file = None if reference.kept is None else reference.kept.with_suffix(f".radii-{neighbours}.npy")
+    if file is not None and file.is_file():
+        try:
+            squared_radii = _read_finite(file, np.float64, (len(reference.features),))
+            return Manifold(reference.features, neighbours, squared_radii=squared_radii, device=device)
+        except ValueError as error:
+            _log.warning("computing the balls around the reference's features again: %s", error)
+    manifold = Manifold(reference.features, neighbours, device=device)
+    if file is not None and rank() == 0:
+        with atomic_write(file) as opened:
+            np.save(opened, manifold.squared_radii.cpu().numpy())
+    return manifold
+
+
+def _read_finite(path: Path, dtype: type[np.floating], shape: tuple[int | None, ...]) -> Tensor:
+    """Read an array of finite numbers whose shape is known, but for the lengths that are None.
+
+    Raises:
+        ValueError: a file that cannot be read, or another array.
+    """
     try:
-        features = open_array(path)
+        array = open_array(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-    if (
-        features.dtype != np.float32
-        or features.ndim != 2
-        or features.shape[1] != dim
-        or not np.isfinite(features).all()
-    ):
-        raise ValueError(f"{str(path)!r} does not hold finite features (n, {dim})")
-    return torch.from_numpy(features)
+    fits = len(array.shape) == len(shape) and all(
+        wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
+    )
+    if array.dtype != dtype or not fits or not np.isfinite(array).all():
+        wanted_shape = ", ".join("n" if length is None else str(length) for length in shape)
+        raise ValueError(f"{str(path)!r} does not hold finite numbers ({wanted_shape}) of {np.dtype(dtype)}")
+    return torch.from_numpy(array)
 
 
 class EvenSample:

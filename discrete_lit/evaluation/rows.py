@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.evaluation.feature_statistics import Measurement, Reference
+from discrete_lit.evaluation.feature_statistics import Measurement, Reference, reference_manifold
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 from discrete_lit.evaluation.report_table import Row
 from discrete_lit.evaluation.shares import whole_metrics
@@ -19,14 +19,14 @@ NEIGHBOURS = 3
 """k of precision and recall, as in ADM's evaluator."""
 
 
-def reference_manifold(reference: Reference, count: int | None, device: torch.device) -> tuple[Manifold | None, str]:
-    """Span the reference's manifold; None, and why, where its features are unknown or too few."""
+def manifold_for(reference: Reference, count: int | None, device: torch.device) -> tuple[Manifold | None, str]:
+    """Span the reference's manifold for sets of a size; None, and why, where its features are unknown or too few."""
     if reference.features is None:
         return None, "the reference is a file of moments, without features of its images"
     assert count is not None
     if min(count, len(reference.features)) <= NEIGHBOURS:
         return None, f"they need more than k = {NEIGHBOURS} images in every set"
-    return Manifold(reference.features, NEIGHBOURS, device=device), ""
+    return reference_manifold(reference, NEIGHBOURS, device=device), ""
 
 
 def make_row(

@@ -42,8 +42,8 @@ class Moments:
 
     Args:
         mean: `(D,)` float64.
-        covariance: `(D, D)` float64, unbiased (divided by count - 1). None where it is the product of a factor, and then
-            computed when it is asked for.
+        covariance: `(D, D)` float64, unbiased (divided by count - 1). With a factor it may be None and is computed when
+            it is asked for.
         factor: `(D, count)` float64, whose product with its transpose is the covariance: it spares a distance the
             eigenvectors of the covariance, and `check` its eigenvalues. See `of_features`.
         count: of the set; None where a file does not say, as in ADM's reference files, like the next two.
@@ -241,7 +241,9 @@ class Moments:
             mean = _real_numbers(file.read(mu), f"{name}: {mu!r}")
             known = features is not None and 1 < len(features) == facts.get("count") <= len(mean)
             # Written so that a mean that is not finite agrees with none.
-            if known and torch.allclose(features.double().mean(0), mean, rtol=1e-9, atol=1e-9 * float(mean.abs().max())):
+            if known and torch.allclose(
+                features.double().mean(0), mean, rtol=1e-9, atol=1e-9 * float(mean.abs().max())
+            ):
                 covariance = None
             else:
                 covariance = _real_numbers(file.read(sigma), f"{name}: {sigma!r}")

@@ -34,13 +34,23 @@ class Manifold:
     Args:
         features: `(n, D)`, finite, n > k.
         neighbours: k, >= 1; 3 in the paper and in ADM's evaluator.
+        squared_radii: of the balls, which the manifold of the same features had before, `(n,)` float64; computed by
+            default.
         device: where distances are computed, with float64; the CPU by default.
 
     Raises:
-        ValueError: too few features, values that are not finite, or k below 1.
+        ValueError: too few features, values that are not finite, or k below 1; or other radii than these features can
+            have.
     """
 
-    def __init__(self, features: Tensor, neighbours: int = 3, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        neighbours: int = 3,
+        *,
+        squared_radii: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if neighbours < 1 or len(features) <= neighbours:
             raise ValueError(
                 f"neighbours must be at least 1 and below the number of features, got {neighbours} and {len(features)}"
@@ -50,6 +60,9 @@ class Manifold:
         # Distances do not change, but products round less the nearer the features lie to 0.
         self._middle = self.features.mean(0)
         self._centres, self._centre_of, repeats = self.features.unique(dim=0, return_inverse=True, return_counts=True)
+        if squared_radii is not None:
+            self._squared_radii = self._taken_radii(squared_radii.to(device))
+            return
         # Of one image repeated, no more copies count than there are nearest neighbours.
         copies = self._centres.repeat_interleave(repeats.clamp(max=neighbours + 1), dim=0)
         radii = [self._squared_radii_of(rows, copies) for rows in _blocks(self._centres, copies)]
@@ -58,7 +71,12 @@ class Manifold:
     @property
     def radii(self) -> Tensor:
         """Radius of the ball of each feature, `(n,)`."""
-        return self._squared_radii.sqrt()[self._centre_of]
+        return self.squared_radii.sqrt()
+
+    @property
+    def squared_radii(self) -> Tensor:
+        """Its square, which another manifold of these features takes."""
+        return self._squared_radii[self._centre_of]
 
     def fraction_covered(self, features: Tensor) -> float:
         """Compute the fraction of features `(m, D)` that lie in at least one ball, in [0, 1].
@@ -109,6 +127,22 @@ class Manifold:
         squares, rounding = self._squared_distances(rows, self._centres)
         _refine(squares, rows, self._centres, (squares - self._squared_radii).abs() <= rounding)
         return squares <= self._squared_radii
+
+    def _taken_radii(self, squared: Tensor) -> Tensor:
+        """Give radii of every feature to the features without their repeats."""
+        shape, count = tuple(squared.shape), len(self.features)
+        if (
+            shape != (count,)
+            or squared.dtype != torch.float64
+            or not bool((squared >= 0).logical_and(squared < torch.inf).all())
+        ):
+            raise ValueError(
+                f"the squared radii of {count:,} features are float64 ({count:,},) from 0, got {squared.dtype} {shape}"
+            )
+        own = squared.new_empty(len(self._centres)).index_copy_(0, self._centre_of, squared)
+        if not torch.equal(own[self._centre_of], squared):
+            raise ValueError("the radii are of other features: copies of one feature have several")
+        return own
 
     def _squared_radii_of(self, rows: Tensor, copies: Tensor) -> Tensor:
         squares, rounding = self._squared_distances(rows, copies)

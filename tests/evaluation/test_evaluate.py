@@ -23,6 +23,7 @@ from discrete_lit.evaluation import feature_statistics
 from discrete_lit.evaluation.image_sets import Selection, open_image_set
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import Moments
+from discrete_lit.metrics.precision_recall import Manifold
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
@@ -139,12 +140,30 @@ def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
     assert measured.count("reference") == 3
 
 
-@pytest.mark.parametrize("suffix", ["npz", "features.npy"])
+@pytest.mark.parametrize("suffix", ["npz", "features.npy", "radii-3.npy"])
 def test_a_broken_cache_is_computed_again(sets, suffix):
     first = evaluate(**sets)["rows"]
     (kept,) = Path(sets["output"]).glob(f"reference-*.{suffix}")
     kept.write_bytes(kept.read_bytes()[:100])
     assert evaluate(**sets)["rows"] == first
+
+
+def test_the_balls_of_a_reference_are_kept(sets, monkeypatch):
+    first = evaluate(**sets)["rows"]
+    spanned = []
+    compute = Manifold._squared_radii_of
+
+    def noted(manifold, *arguments):
+        spanned.append(len(manifold.features))
+        return compute(manifold, *arguments)
+
+    monkeypatch.setattr(Manifold, "_squared_radii_of", noted)
+    assert evaluate(**sets)["rows"] == first
+    assert spanned == [row["count"] for row in first]  # those of the sets, not of the reference
+    (kept,) = Path(sets["output"]).glob("reference-*.radii-3.npy")
+    np.save(kept, np.load(kept)[1:])
+    assert evaluate(**sets)["rows"] == first
+    assert len(spanned) == 2 * len(first) + 1
 
 
 def test_a_reference_of_another_extractor_is_refused_before_anything_is_computed(sets, tmp_path, monkeypatch):

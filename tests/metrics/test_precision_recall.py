@@ -87,6 +87,25 @@ def test_against_torch_fidelity(mean: float, spread: float) -> None:
     assert 0 < expected[1] < expected[0] < 1
 
 
+def test_the_radii_of_an_earlier_manifold_are_taken() -> None:
+    features = torch.randn(40, 3, dtype=torch.float64)
+    features[7:10] = features[3]
+    first = Manifold(features, 2)
+    again = Manifold(features, 2, squared_radii=first.squared_radii)
+    assert torch.equal(again.radii, first.radii)
+    assert precision_and_recall(features + 0.1, again) == precision_and_recall(features + 0.1, first)
+    others = first.squared_radii.clone()
+    others[8] += 1
+    for wrong, message in (
+        (first.squared_radii[1:], "float64"),
+        (first.squared_radii.float(), "float64"),
+        (-1 - others, "from 0"),
+        (others, "copies of one feature have several"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Manifold(features, 2, squared_radii=wrong)
+
+
 def test_a_collapsed_set_covers_only_itself() -> None:
     """Twenty times one image: balls without a radius, which hold their own centre."""
     random = torch.Generator().manual_seed(0)
