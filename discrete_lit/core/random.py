@@ -11,6 +11,7 @@ So neither the batch size, nor the number of ranks or workers, nor a resume chan
 
 import hashlib
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +147,19 @@ class CounterRandom:
     def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Draw standard normal numbers Phi^-1(u), `(B, count)` float64; arguments as for `uniform`."""
         return torch.special.ndtri(self.uniform(purpose, count, step))
+
+
+def streams_of(samples: Any, *, seed: int, indices: Tensor | None = None) -> CounterRandom:
+    """Give a stream of random numbers for each of B samples.
+
+    Args:
+        samples: what they are given, which has a length and a device.
+        seed: with an index, it alone decides a stream.
+        indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
+    """
+    if indices is None:
+        indices = torch.arange(len(samples), device=samples.device)
+    return CounterRandom(seed, indices)
 
 
 class _AheadRandom(CounterRandom):

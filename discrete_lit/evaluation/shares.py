@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 
 _log = logging.getLogger(__name__)
 
-KEPT_EVERY = 5_000
-"""Images after which an unfinished share is written down, so that no more are measured again after an interruption."""
+KEPT_EVERY = 30.0
+"""Seconds after which an unfinished share is written down, so that no more work is done again after an interruption."""
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -308,7 +309,7 @@ class _Progress:
                 _log.warning("measuring a share again: %s", error)
         left = positions[self.done :]
         hidden = None if rank() == 0 else True
-        since = 0
+        kept_at, since = time.monotonic(), 0
         with (
             torch.inference_mode(),
             tqdm(total=len(positions), initial=self.done, desc=self.description, unit="image", disable=hidden) as bar,
@@ -326,9 +327,9 @@ class _Progress:
                 self.done += len(taken)
                 since += len(taken)
                 bar.update(len(taken))
-                if kept is not None and since >= KEPT_EVERY:
+                if kept is not None and time.monotonic() - kept_at >= KEPT_EVERY:
                     self.tally().save(kept)
-                    since = 0
+                    kept_at, since = time.monotonic(), 0
         if kept is not None and since:
             self.tally().save(kept)
 

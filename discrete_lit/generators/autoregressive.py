@@ -24,7 +24,7 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.embeddings import CodeProjection
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, check_permutation, cross_entropies
 from discrete_lit.samplers import RasterSampler, Sampler
 from discrete_lit.samplers.sampler import SamplerOutput
@@ -274,9 +274,8 @@ class Autoregressive(Generator):
         head = self.backbone.place_head
         if head is None:
             return Likelihood(-cross_entropies(outputs, sequences).double().sum(dim=1), "exact")
-        if indices is None:
-            indices = torch.arange(len(tokens), device=tokens.device)
-        nats = head.log_likelihood(outputs, sequences, CounterRandom(self.seed, indices))
+        random = streams_of(tokens, seed=self.seed, indices=indices)
+        nats = head.log_likelihood(outputs, sequences, random)
         return Likelihood(nats.double().sum(dim=1), head.likelihood_kind)
 
     def draw(

@@ -18,7 +18,7 @@ from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.diffusion.solvers import DDPM
 from discrete_lit.generators.continuous_masked import Patches, at_places, head_losses
 from discrete_lit.generators.generator import Likelihood
@@ -147,9 +147,7 @@ class ContinuousAutoregressive(LatentGenerator):
         In random order it is that of the mean of log p over the orders, of which every evaluation draws another.
         """
         self.check_latents(latents)
-        if indices is None:
-            indices = torch.arange(len(latents), device=latents.device)
-        random, data = CounterRandom(self.seed, indices), at_least_float32(latents)
+        random, data = streams_of(latents, seed=self.seed, indices=indices), at_least_float32(latents)
         total = latents.new_zeros(len(latents), dtype=torch.float64)
         for evaluation in range(self.likelihood_samples):
             orders = self._orders(random, Purpose.LIKELIHOOD, evaluation)

@@ -20,7 +20,7 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset, streams_of
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.gaussian import SteppedPath
 from discrete_lit.diffusion.solvers import DDPM
@@ -148,9 +148,10 @@ class ContinuousMasked(LatentGenerator):
         its variational bound.
         """
         self.check_latents(latents)
-        if indices is None:
-            indices = torch.arange(len(latents), device=latents.device)
-        random, vectors = CounterRandom(self.seed, indices), self.to_sequence(at_least_float32(latents))
+        random, vectors = (
+            streams_of(latents, seed=self.seed, indices=indices),
+            self.to_sequence(at_least_float32(latents)),
+        )
         total = latents.new_zeros(len(latents), dtype=torch.float64)
         for evaluation, (masked, k) in enumerate(subsets_of_all_sizes(random, self.length, self.likelihood_samples)):
             hidden = self.backbone(vectors, masked, condition, known=self.length - 1, uneven=True)

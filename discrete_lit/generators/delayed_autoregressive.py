@@ -16,7 +16,7 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.delay_pattern import DelayPattern
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.random import CounterRandom, streams_of
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, cross_entropies
 from discrete_lit.samplers.delayed import DelaySampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
@@ -109,6 +109,6 @@ class DelayedAutoregressive(Generator):
         self, tokens: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
     ) -> Likelihood:
         """Give log p(tokens | condition) in nats, exact: the sum over positions and books."""
-        random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+        random = streams_of(tokens, seed=self.seed)
         losses = self.token_losses(self.to_sequence(tokens), condition, random)
         return Likelihood(-(losses.values.double() * losses.weights).sum(dim=1), "exact")

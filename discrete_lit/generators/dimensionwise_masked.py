@@ -19,7 +19,7 @@ from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorL
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, places_of
+from discrete_lit.core.random import CounterRandom, places_of, streams_of
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
 from discrete_lit.generators.continuous_masked import at_places, sample_masks, step_masks
 from discrete_lit.generators.generator import Likelihood, check_permutation, subsets_of_all_sizes
@@ -164,9 +164,7 @@ class DimensionwiseMasked(LatentGenerator):
                 total += self.head.log_likelihood(self._hidden(ids, masked, given)[:, place], ids[:, place]).double()
                 masked[:, place] = False
             return Likelihood(total, "exact")
-        if indices is None:
-            indices = torch.arange(len(ids), device=ids.device)
-        random = CounterRandom(self.seed, indices)
+        random = streams_of(ids, seed=self.seed, indices=indices)
         for masked, k in subsets_of_all_sizes(random, self.length, self.likelihood_samples):
             nats = self.head.log_likelihood(self._hidden(ids, masked, given).flatten(0, 1), ids.flatten(0, 1))
             total += self.length * (nats.view(masked.shape) * masked).double().sum(dim=1) / k[:, 0]

@@ -18,7 +18,7 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.distributed import world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.diffusion import (
     AbsorbingProcess,
     Denoiser,
@@ -199,9 +199,7 @@ class DiscreteDiffusion(Generator):
 
         if method == "enumeration":
             return Likelihood(enumerated_log_likelihood(network, self._denoiser, sequences), "exact")
-        if indices is None:
-            indices = torch.arange(len(tokens), device=tokens.device)
-        random = CounterRandom(self.seed, indices)
+        random = streams_of(tokens, seed=self.seed, indices=indices)
         # Noise without rates is that of a model of so many steps.
         rates, loss = self._denoiser.process.homogeneous, self.objective
         steps = loss.steps if isinstance(loss, DiscreteTimeBound) and not rates else None

@@ -26,7 +26,7 @@ from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset, streams_of
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers import Sampler
@@ -216,7 +216,7 @@ class Generator(ClassConditionalTraining):
             ValueError: a label that is no class; the null label is one that was `dropped`.
         """
         if random is None:
-            random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+            random = streams_of(tokens, seed=self.seed)
         condition = as_condition(condition)
         self.check_labels(condition.labels, count=len(tokens))
         condition = replace(condition, labels=condition.labels.long())
@@ -277,10 +277,8 @@ class Generator(ClassConditionalTraining):
         Raises:
             ValueError: the reasons of `draw`.
         """
-        if indices is None:
-            labels = as_condition(condition).labels
-            indices = torch.arange(labels.numel(), device=labels.device)
-        return self.draw(condition, CounterRandom(seed, indices), sampler, known=known).tokens
+        random = streams_of(as_condition(condition).labels.reshape(-1), seed=seed, indices=indices)
+        return self.draw(condition, random, sampler, known=known).tokens
 
     @torch.no_grad()
     def draw(

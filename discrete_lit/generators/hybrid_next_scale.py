@@ -24,7 +24,7 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset, streams_of
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.solvers import DDPM
 from discrete_lit.generators.continuous_masked import at_places, head_losses
@@ -251,9 +251,7 @@ class HybridNextScale(LatentGenerator):
         residual's log density the head gives its variational bound.
         """
         self.check_latents(latents)
-        if indices is None:
-            indices = torch.arange(len(latents), device=latents.device)
-        random = CounterRandom(self.seed, indices)
+        random = streams_of(latents, seed=self.seed, indices=indices)
         tokens, residual, inputs = self._parts(at_least_float32(latents))
         states = self.backbone(inputs, condition)
         assert states.logits is not None

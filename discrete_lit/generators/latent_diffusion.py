@@ -18,7 +18,7 @@ from discrete_lit.backbones.condition import Condition, as_condition, check_part
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.diffusion.consistency import ConsistencyLoss, Teacher
 from discrete_lit.diffusion.gaussian import (
     Estimate,
@@ -258,9 +258,7 @@ class LatentDiffusion(LatentGenerator):
     ) -> Likelihood:
         """Estimate a lower bound of the log density of latents, in nats: the variational bound of DDPM (eq. 5)."""
         self.check_latents(latents)
-        if indices is None:
-            indices = torch.arange(len(latents), device=latents.device)
-        random, data = CounterRandom(self.seed, indices), at_least_float32(latents)
+        random, data = streams_of(latents, seed=self.seed, indices=indices), at_least_float32(latents)
         if self.consistency is not None:
             raise ValueError("a consistency function draws by jumps, and has no density: measure the model before it")
         path, guide = self.denoiser.path, self._network(as_condition(condition))

@@ -15,7 +15,7 @@ from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import at_least_float32
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.training import ClassConditionalTraining
@@ -195,7 +195,7 @@ class LatentGenerator(ClassConditionalTraining):
             ValueError: a label that is no class; the null label is one that was `dropped`.
         """
         if random is None:
-            random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
+            random = streams_of(data, seed=self.seed)
         self.check_latents(data)
         condition = as_condition(condition)
         self.check_labels(condition.labels, count=len(data))
@@ -262,10 +262,8 @@ class LatentGenerator(ClassConditionalTraining):
         Raises:
             ValueError: the reasons of `draw`.
         """
-        if indices is None:
-            only = as_condition(labels).labels
-            indices = torch.arange(only.numel(), device=only.device)
-        return self.draw(labels, CounterRandom(seed, indices), sampler).tokens
+        random = streams_of(as_condition(labels).labels.reshape(-1), seed=seed, indices=indices)
+        return self.draw(labels, random, sampler).tokens
 
     @abstractmethod
     def draw(self, labels: Any, random: CounterRandom, sampler: Any = None) -> SamplerOutput:

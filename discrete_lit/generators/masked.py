@@ -15,7 +15,7 @@ from discrete_lit.backbones.backbone import bits_of_vocabulary
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset, streams_of
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
 from discrete_lit.diffusion.processes import AbsorbingProcess
@@ -203,9 +203,7 @@ class Masked(Generator):
         sequences = self.to_sequence(tokens)
         if order is not None:
             return Likelihood(self._log_likelihood_along(sequences, condition, order), "exact")
-        if indices is None:
-            indices = torch.arange(len(tokens), device=tokens.device)
-        random = CounterRandom(self.seed, indices)
+        random = streams_of(tokens, seed=self.seed, indices=indices)
         total = tokens.new_zeros(len(tokens), dtype=torch.float64)
         for masked, k in subsets_of_all_sizes(random, self.length, self.likelihood_samples):
             values = self._cross_entropies(sequences, condition, masked)

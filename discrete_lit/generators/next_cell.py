@@ -20,7 +20,7 @@ from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, RectifiedPath, SteppedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, LogitNormalTimes, TrainingTimes, variational_bound
 from discrete_lit.generators.generator import Likelihood
@@ -116,9 +116,7 @@ class NextCell(LatentGenerator):
         Each is the variational bound of DDPM (eq. 5) of the cell, given the true ones before it, clean.
         """
         self.check_latents(latents)
-        if indices is None:
-            indices = torch.arange(len(latents), device=latents.device)
-        random, labels = CounterRandom(self.seed, indices), as_condition(condition).labels.long()
+        random, labels = streams_of(latents, seed=self.seed, indices=indices), as_condition(condition).labels.long()
         cells = self.layout.to_cells(at_least_float32(latents))
         times, path = times_of_a_bound(self.likelihood_steps), self.denoiser.path
         cache = self.backbone.new_cache(len(latents))

@@ -16,7 +16,7 @@ from discrete_lit.backbones.segment_sequence import SegmentSequence
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import SegmentLayout
 from discrete_lit.checkpoints import loadable
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.random import CounterRandom, streams_of
 from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, mean_loss, without_prior
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers.sampler import SamplerOutput
@@ -152,7 +152,7 @@ class SegmentGenerator(ClassConditionalTraining):
             The training loss, a scalar, and its terms: `loss_of/<segment>`, and `z_loss` where it has a weight.
         """
         if random is None:
-            random = streams_of(data, seed=self.seed, indices=None)
+            random = streams_of(data, seed=self.seed)
         losses = self.segment_losses(data, condition, random, dropped=dropped)
         total, terms, weight = mean_loss(losses, island_weight=self.island_weight, z_loss=self.z_loss)
         # Two means by two weights, whose ratio changes with the texts, are no mean by one.
@@ -277,16 +277,3 @@ class SegmentGenerator(ClassConditionalTraining):
         """Describe both tokenizers in the checkpoint, so that it loads without their files."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["text_tokenizer_config"] = self.text.config()
-
-
-def streams_of(samples: Any, *, seed: int, indices: Tensor | None) -> CounterRandom:
-    """Give a stream of random numbers for each of B samples.
-
-    Args:
-        samples: what they are given, which has a length and a device.
-        seed: with an index, it alone decides a stream.
-        indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
-    """
-    if indices is None:
-        indices = torch.arange(len(samples), device=samples.device)
-    return CounterRandom(seed, indices)

@@ -25,9 +25,9 @@ from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, streams_of
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.segment_generator import PassShape, SegmentGenerator, streams_of
+from discrete_lit.generators.segment_generator import PassShape, SegmentGenerator
 from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, without_prior
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.samplers.segment_by_segment import SegmentSampler

@@ -22,7 +22,7 @@ from discrete_lit.backbones.condition import Condition, as_condition, check_part
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, indices_of_ids
+from discrete_lit.core.random import CounterRandom, Purpose, indices_of_ids, streams_of
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.metrics.latent_statistics import scale_complaint
@@ -311,8 +311,6 @@ class TokenDiffusionDecoder(LatentDiffusion):
         Raises:
             ValueError: no labels where they are needed, or the reasons of `draw`.
         """
-        if indices is None:
-            indices = torch.arange(len(tokens), device=tokens.device)
         if labels is None and self.num_classes > 1:
             raise ValueError(f"this decoder knows {self.num_classes} classes: give a label for each of its images")
         if labels is None:
@@ -321,7 +319,8 @@ class TokenDiffusionDecoder(LatentDiffusion):
             raise ValueError(
                 "this decoder reads a text for each of its images: give condition_of_texts of it as labels"
             )
-        return self.tokenizer.decode(self.draw(labels, CounterRandom(seed, indices), sampler, tokens=tokens).tokens)
+        random = streams_of(tokens, seed=seed, indices=indices)
+        return self.tokenizer.decode(self.draw(labels, random, sampler, tokens=tokens).tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Decode the tokens of a batch to images `(B, C, H, W)` in [-1, 1], by this decoder's seed."""

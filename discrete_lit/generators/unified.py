@@ -32,7 +32,7 @@ from discrete_lit.backbones.segments import PositionCount, SegmentLayout
 from discrete_lit.backbones.vision_encoder import VisionEncoder
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import OfWholeBatch, at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset, streams_of
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
@@ -40,7 +40,6 @@ from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.next_scale import scale_quantizer_of
 from discrete_lit.generators.published_layout import Vocabulary, published_layout
-from discrete_lit.generators.segment_generator import streams_of
 from discrete_lit.generators.segment_losses import (
     SegmentLosses,
     SoftmaxOver,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -156,9 +157,10 @@ class Moments:
         spread, bound = (self._covariance, _LARGEST) if self.factor is None else (self.factor, _LARGEST**0.5)
         assert spread is not None
         for name, values, largest in (("mean", self.mean, _LARGEST), ("covariance", spread, bound)):
-            if broken := int((~values.isfinite()).sum()):
-                raise ValueError(f"{what}: {broken:,} values of its {name} are not finite")
-            if float(values.abs().max()) > largest:
+            highest = float(values.abs().max())  # not a number, or infinite, where one is not finite
+            if not isfinite(highest):
+                raise ValueError(f"{what}: {int((~values.isfinite()).sum()):,} values of its {name} are not finite")
+            if highest > largest:
                 raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
         if self._is_covariance:
             return

@@ -133,7 +133,7 @@ class Interrupted(ColourMeans):
 
 
 def test_it_goes_on_after_an_interruption(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares_file, "KEPT_EVERY", 50)
+    monkeypatch.setattr(shares_file, "KEPT_EVERY", 0.0)
     alone = evaluate(**{**settings, "output": f"{settings['output']} whole"})
     # 120 held-out images, and as many reconstructions from their ids and, at two rates, from perturbed ones.
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +145,7 @@ def test_it_goes_on_after_an_interruption(settings: dict[str, Any], monkeypatch:
 
 
 def test_a_damaged_share_is_measured_again(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares_file, "KEPT_EVERY", 50)
+    monkeypatch.setattr(shares_file, "KEPT_EVERY", 0.0)
     alone = evaluate(**{**settings, "output": f"{settings['output']} whole"})
     with pytest.raises(KeyboardInterrupt):
         evaluate(**{**settings, "extractor": Interrupted(240 + 4 * 120 + 100)})
