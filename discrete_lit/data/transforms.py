@@ -25,6 +25,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
@@ -139,17 +140,42 @@ def _loaded(image: Image.Image, apply_exif: bool, mode: str) -> Image.Image:
     return to_mode(ImageOps.exif_transpose(image) if apply_exif else image, mode)
 
 
+class _Silence:
+    """Ignores warnings while anything is inside, in any number of threads.
+
+    The filters are the process's: what one thread's `warnings.catch_warnings` puts back may be another's.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filters = Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_silence = _Silence()
+
+
 @contextmanager
 def _opened(data: bytes, mode: str) -> Iterator[Image.Image]:
     """Open an image file that will be brought to a mode; only its header is read yet."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata in files that it reads correctly; a truncated picture raises.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_jpeg_size(image, len(data))
-                _check_memory(image, mode)
-                yield image
+        # Pillow warns of odd metadata in files that it reads correctly; a truncated picture raises.
+        with _silence, Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_jpeg_size(image, len(data))
+            _check_memory(image, mode)
+            yield image
     except UnidentifiedImageError as error:
         kind = "not one that is read"
         if data[4:8] == b"ftyp":  # ISO base media, of which HEIC is one, whatever the file's name says.

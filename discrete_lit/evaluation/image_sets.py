@@ -7,10 +7,14 @@ every set that is compared, and the same count of each class.
 
 import hashlib
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -70,8 +74,8 @@ class ImageSet(ABC):
     """Name of each label; none where labels have no names."""
     labels: np.ndarray | None = None
     """int64 `(count,)` where they are known before reading."""
-    unturned: int = 0
-    """Files so far whose EXIF orientation was not applied though it says to turn them."""
+    in_files: bool = True
+    """Whether images are files, which take time to decode."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -90,8 +94,24 @@ class ImageSet(ABC):
     def _decoded(self, data: bytes) -> Pixels:
         """Decode and crop an image file."""
         image = decode_image(data, self.apply_exif, image_channels=self.image_channels)
-        self.unturned += _orientation(image) > 1
+        _unturned.count += _orientation(image) > 1
         return center_crop(image, self.image_size)
+
+
+class _ThreadCount(threading.local):
+    """A count of each thread's own."""
+
+    count = 0
+
+
+_unturned = _ThreadCount()
+"""Files whose EXIF orientation was not applied though it says to turn them."""
+
+
+def _counted(decode: Callable[[], Pixels]) -> tuple[Pixels, int]:
+    """Decode an image, in any thread, and tell whether it was one of the unturned: 1 or 0."""
+    before = _unturned.count
+    return decode(), _unturned.count - before
 
 
 def _orientation(image: Image.Image) -> int:
@@ -131,6 +151,8 @@ class NpzImages(ImageSet):
     Where the samples have classes the file also holds `labels` (or ADM's `arr_1`), int64 `(N,)`. The pixels are read as
     a stream: 50,000 images of 256x256 would be 10 GB in memory.
     """
+
+    in_files = False
 
     def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
         self.path, self.image_size, self.image_channels, self.apply_exif = path, image_size, image_channels, False
@@ -496,33 +518,64 @@ class Selection:
         else:
             yield from (label for label, _ in self.images.stream())
 
-    def read(self, positions: np.ndarray, batch_size: int) -> Iterator["ImageBatch"]:
+    def read(self, positions: np.ndarray, batch_size: int, *, ahead: int = 0) -> Iterator["ImageBatch"]:
         """Decode images of the set, batch by batch; what cannot be decoded is logged and missing from its batch.
+
+        Files are decoded by as many threads as torch has.
 
         Args:
             positions: which, int64 in ascending order.
             batch_size: images of a batch, of which broken ones are missing.
+            ahead: batches that are decoded while who reads is busy with one.
         """
-        stream = self.images.stream(positions) if len(positions) else iter(())
-        for start in range(0, len(positions), batch_size):
+        for taken in self._decoding(positions, batch_size, ahead=ahead):
             pixels: list[np.ndarray] = []
             labels: list[int] = []
             broken: dict[int, str] = {}
-            before = self.images.unturned
-            for position in positions[start : start + batch_size].tolist():
-                own_label, decode = next(stream)
+            unturned = 0
+            for position, own_label, decoded in taken:
                 try:
-                    pixels.append(decode())
+                    values, count = decoded()
                 except UndecodableSample as error:
                     broken[position] = str(error)
                     _log.warning("left out a broken image of %s: %s", self.images.path, error)
                     continue
+                pixels.append(values)
+                unturned += count
                 labels.append(NO_CLASS if own_label is None else self._class_of(own_label))
             images = None
             if pixels:
                 images = rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w").contiguous()
             known = None if self.images.num_classes is None else torch.tensor(labels)
-            yield ImageBatch(images, known, broken, self.images.unturned - before)
+            yield ImageBatch(images, known, broken, unturned)
+
+    def _decoding(self, positions: np.ndarray, batch_size: int, *, ahead: int) -> Iterator[list["_Decoding"]]:
+        """Give what waits for the images of each batch, while those of some further ones are being decoded."""
+        if not len(positions):
+            return
+        stream = self.images.stream(positions)
+        numbered = zip(positions.tolist(), stream, strict=False)
+        with ExitStack() as stack:
+            if self.images.in_files:
+                pool = ThreadPoolExecutor(torch.get_num_threads())
+                stack.callback(pool.shutdown, cancel_futures=True)
+
+                def begun(decode: Callable[[], Pixels]) -> Callable[[], tuple[Pixels, int]]:
+                    return pool.submit(_counted, decode).result
+
+            else:
+
+                def begun(decode: Callable[[], Pixels]) -> Callable[[], tuple[Pixels, int]]:
+                    return partial(_counted, decode)
+
+            waiting: deque[list[_Decoding]] = deque()
+            while batch := [
+                (position, label, begun(decode)) for position, (label, decode) in islice(numbered, batch_size)
+            ]:
+                waiting.append(batch)
+                if len(waiting) > ahead:
+                    yield waiting.popleft()
+            yield from waiting
         # Behind the last one the checksum of a file is compared.
         next(stream, None)
 
@@ -553,6 +606,10 @@ class Selection:
             )
         if total < self.count and not self._whole:
             raise ValueError(f"{str(self.images.path)!r} gave {total:,} readable images, {self.count:,} are needed")
+
+
+_Decoding = tuple[int, int | None, Callable[[], tuple[Pixels, int]]]
+"""Position and label of an image, and what waits for its pixels, and for 1 if it was not turned."""
 
 
 class ImageBatch(NamedTuple):

@@ -314,7 +314,9 @@ class _Progress:
             torch.inference_mode(),
             tqdm(total=len(positions), initial=self.done, desc=self.description, unit="image", disable=hidden) as bar,
         ):
-            for batch in self.selection.read(left, self.batch_size):
+            # The processors have nothing else to do while a GPU computes, and no room for two things otherwise.
+            ahead = 2 if self.device.type == "cuda" else 0
+            for batch in self.selection.read(left, self.batch_size, ahead=ahead):
                 taken = positions[self.done : self.done + self.batch_size]
                 read = [number for number, index in enumerate(taken.tolist()) if index not in batch.broken]
                 if batch.images is not None:

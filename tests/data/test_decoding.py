@@ -1,12 +1,16 @@
 import io
+import threading
 import tracemalloc
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
+from discrete_lit.data import transforms
 from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, UndecodableImage, decode_image
 
 
@@ -207,3 +211,27 @@ def test_large_16_bit_pictures_take_no_copies_of_eight_bytes() -> None:
     tracemalloc.stop()
     assert image.getpixel((1, 1)) == (156, 156, 156)
     assert peak < 30e6  # What numpy holds of 6 million pixels: 2 bytes and 1 byte each, and Pillow's own copies.
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_as_they_were() -> None:
+    """Each begins inside another and ends behind it, as no stack of filters can."""
+    filters = list(warnings.filters)
+    both = threading.Barrier(2, timeout=30)
+
+    def first() -> None:
+        with transforms._silence:
+            both.wait()  # the second may come in
+            both.wait()  # it is in
+        both.wait()  # the first is out
+
+    def second() -> None:
+        both.wait()
+        with transforms._silence:
+            both.wait()
+            both.wait()
+            assert warnings.filters[0][0] == "ignore"
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in [pool.submit(first), pool.submit(second)]:
+            result.result()
+    assert list(warnings.filters) == filters

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -374,3 +376,40 @@ def test_of_samples_without_a_class_the_first_are_taken(tmp_path):
     null = open_image_set(save_npz(tmp_path / "null.npz", images, np.full(7, 3)), 8)
     selection = Selection(null, 5, num_classes=3, numbering=match_classes({}, {"null": null}, 3).numbering["null"])
     assert torch.equal(gather(selection)["images"], plain) and not selection.uneven
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_files_are_decoded_by_threads_in_the_order_of_the_set(tmp_path, monkeypatch, threads, ahead):
+    """The first of each batch takes longest; a broken one and those that are not turned stand where they are."""
+    images = pixels(23, 0)
+    folder = save_folder(tmp_path / "images", images, np.zeros(23, int))
+    files = sorted(Path(folder).rglob("*.png"))
+    files[9].write_bytes(b"no image")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number in (3, 17):
+        Image.fromarray(images[number]).save(files[number], exif=turned)
+    found = open_image_set(folder, 8)
+    decode, begun, running = type(found)._decoded, [], set()
+
+    def slow(self, data):
+        begun.append(data)
+        running.add(threading.get_ident())
+        time.sleep(0.02 if len(begun) % 5 == 1 else 0.0)
+        return decode(self, data)
+
+    monkeypatch.setattr(type(found), "_decoded", slow)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    selection = Selection(found, None, num_classes=None)
+    batches, at_work = [], []
+    for batch in selection.read(np.arange(23), 5, ahead=ahead):
+        batches.append(batch)
+        at_work.append(len(begun))
+    assert [len(batch.images) for batch in batches] == [5, 4, 5, 5, 3]
+    whole = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(whole, np.delete(images, 9, axis=0))
+    assert list(batches[1].broken) == [9] and [batch.unturned for batch in batches] == [1, 0, 0, 1, 0]
+    assert len(running) <= threads and threading.get_ident() not in running
+    # Nobody decodes while who reads is busy, unless he is asked to.
+    assert ahead or at_work == [5, 10, 15, 20, 23]
