@@ -52,6 +52,9 @@ class Moments:
         weights_sha256: hash of its weights.
         apply_exif: whether the images were turned as their EXIF orientation says.
         image_size: (H, W) of the images.
+
+    Raises:
+        ValueError: neither a covariance nor a factor of it.
     """
 
     def __init__(
@@ -223,7 +226,7 @@ class Moments:
                 _check_width(extractor, mean_shape[0], name)
             if mean_shape[0] > _WIDEST:
                 raise ValueError(f"{name} is of {mean_shape[0]:,} features; at most {_WIDEST:,} are compared")
-            facts = {}
+            facts: dict[str, Any] = {}
             for key, kinds, shape, wanted in (
                 ("count", "iu", (), "a whole number"),
                 ("extractor", "U", (), "a text"),
@@ -240,24 +243,26 @@ class Moments:
                     raise ValueError(f"{name}: its {key} has {header.size:,} bytes, it must be {wanted}")
                 value = file.read(key).tolist()
                 facts[key] = tuple(value) if isinstance(value, list) else value
-            mean = _real_numbers(file.read(mu), f"{name}: {mu!r}")
-            known = features is not None and 1 < len(features) == facts.get("count") <= len(mean)
-            # Written so that a mean that is not finite agrees with none.
-            if known and torch.allclose(
-                features.double().mean(0), mean, rtol=1e-9, atol=1e-9 * float(mean.abs().max())
-            ):
-                covariance = None
-            else:
+            mean, covariance = _real_numbers(file.read(mu), f"{name}: {mu!r}"), None
+            count = facts.get("count")
+            if features is None or not 1 < len(features) == count <= len(mean) or not _have_mean(features, mean):
+                features = None
                 covariance = _real_numbers(file.read(sigma), f"{name}: {sigma!r}")
         if is_spatial and "extractor" in facts:
             facts["extractor"] = f"{facts['extractor']}-{SPATIAL}"
-        if covariance is None:
+        if features is None:
+            moments = Moments(mean, covariance, **facts)
+        else:
             del facts["count"]
             moments = Moments.of_features(features, **facts)
-        else:
-            moments = Moments(mean, covariance, **facts)
         moments.check(name)
         return moments
+
+
+def _have_mean(features: Tensor, mean: Tensor) -> bool:
+    """Tell whether features `(n, D)` have a mean `(D,)`, to the rounding of sums; one that is not finite none have."""
+    bound = 1e-9 * float(mean.abs().max())
+    return torch.allclose(features.double().mean(0), mean, rtol=1e-9, atol=bound)
 
 
 def _real_numbers(array: np.ndarray, what: str) -> Tensor:

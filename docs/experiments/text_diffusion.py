@@ -6,8 +6,9 @@
 prediction. Here three small models of the same network learn the same 256 characters at a time of this repository's own
 prose (27 symbols, as text8): `lightning_configs/experiments/char_prose.yaml` (masks), `char_prose_uniform.yaml` and
 `char_prose_autoregressive.yaml`. Bits per character of held-out chunks are exact for next-character prediction and an
-upper bound for the other two. The text is in `tokens/prose`, which this makes where it is not there; its pages change
-with the repository, so the figures do a little. Finished runs are kept.
+upper bound for the other two; beside them stands what the frequencies of the characters alone give. The text is in
+`tokens/prose`, which this makes where it is not there; its pages change with the repository, so the figures do a
+little. Finished runs are kept.
 """
 
 import argparse
@@ -61,6 +62,12 @@ def bits_per_character(generator: Any, chunks: torch.Tensor) -> tuple[float, flo
     return float(bits.mean()), float(bits.std() / len(bits) ** 0.5), found.kind
 
 
+def bits_by_frequency(chunks: torch.Tensor) -> float:
+    """What it takes who knows how often each character is in the training text, and nothing of its neighbours."""
+    counts = np.bincount(np.load(TOKENS / "train" / "tokens.npy", mmap_mode="r").reshape(-1))
+    return float(-np.log2(counts / counts.sum())[chunks.numpy()].mean())
+
+
 def written(generator: Any, sampler: Sampler, seed: int) -> list[str]:
     """Three drawn chunks, their first 120 characters."""
     tokens = generator.sample(torch.zeros(3, dtype=torch.int64), sampler=sampler, seed=seed)
@@ -84,6 +91,7 @@ def main() -> None:
         "",
         "| noise | bits per character of held-out text | standard error | minutes to train |",
         "|:--|--:|--:|--:|",
+        f"| frequencies of the characters alone | {bits_by_frequency(chunks):.3f} |  |  |",
     ]
     texts = []
     for name in MODELS:
