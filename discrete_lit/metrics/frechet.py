@@ -244,7 +244,7 @@ class Moments:
                 value = file.read(key).tolist()
                 facts[key] = tuple(value) if isinstance(value, list) else value
             mean, covariance = _real_numbers(file.read(mu), f"{name}: {mu!r}"), None
-            count = facts.get("count")
+            count = int(facts.get("count", 0))
             if features is None or not 1 < len(features) == count <= len(mean) or not _have_mean(features, mean):
                 features = None
                 covariance = _real_numbers(file.read(sigma), f"{name}: {sigma!r}")
