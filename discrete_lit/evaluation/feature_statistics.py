@@ -301,7 +301,7 @@ class Reference:
     features: Tensor | None
     """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""
     kept: Path | None = None
-    """What the names of the files begin with that its statistics are kept in; None where none are."""
+    """The beginning of the names of the files that its statistics are kept in; None where none are kept."""
 
 
 def reference_from_moments(
