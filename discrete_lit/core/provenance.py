@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ def class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+@cache
 def git_commit() -> str | None:
     """Find the commit that this package is of, `-dirty` if its files were changed since; None where nothing says so.
+
+    It is looked for once in a process: what is committed while that runs is not what it runs.
 
     It is that of the source tree that the package runs from, or the one that pip installed from a git address. A
     package that was installed inside somebody's own repository is not of that repository.
