@@ -62,7 +62,10 @@ class TorchImage:
             return self
         import torch  # here, for what only reads pictures starts without it
 
-        values = torch.from_numpy(np.require(self.pixels, requirements=["C", "W"])).movedim(-1, 0)[None]
+        # torch takes any order of the values but a reversed one, so what it decoded itself is not copied.
+        reversed_or_fixed = min(self.pixels.strides) < 0 or not self.pixels.flags.writeable
+        pixels = self.pixels.copy() if reversed_or_fixed else self.pixels
+        values = torch.from_numpy(pixels).movedim(-1, 0)[None]
         resized = torch.nn.functional.interpolate(values, size=size[::-1], mode="bicubic", antialias=True)
         return TorchImage(resized[0].movedim(0, -1).numpy())
 
