@@ -153,8 +153,10 @@ class FeatureMeter:
     def tally(self) -> Tally:
         sums = states_of(self._metrics())
         sums |= {f"correct.{name}": value.clone() for name, value in self._correct.items()}
-        kept = torch.cat(self._kept) if self._kept else torch.zeros(0, self.extractor.dim)
-        return Tally(sums=sums, rows={"features": kept}, facts=_facts_of(self.transform))
+        return Tally(sums=sums, rows={"features": self._features()}, facts=_facts_of(self.transform))
+
+    def _features(self) -> Tensor:
+        return torch.cat(self._kept) if self._kept else torch.zeros(0, self.extractor.dim)
 
     def restore(self, tally: Tally) -> None:
         correct = {
@@ -175,7 +177,8 @@ class FeatureMeter:
         Raises:
             ValueError: fewer than two images.
         """
-        features = self.tally().rows["features"]
+        self._sum_waiting()
+        features = self._features()
         with whole_metrics():
             moments = self._computed_moments(features)
             scores = {name: score.compute() for name, score in self.scores.items()}

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -555,20 +554,13 @@ class Selection:
             return
         stream = self.images.stream(positions)
         numbered = zip(positions.tolist(), stream, strict=False)
-        with ExitStack() as stack:
-            if self.images.in_files:
-                pool = ThreadPoolExecutor(torch.get_num_threads())
-                stack.callback(pool.shutdown, cancel_futures=True)
+        waiting: deque[list[_Decoding]] = deque()
+        pool = ThreadPoolExecutor(torch.get_num_threads())  # has no threads before it is given something
 
-                def begun(decode: Callable[[], Pixels]) -> Callable[[], tuple[Pixels, int]]:
-                    return pool.submit(_counted, decode).result
+        def begun(decode: Callable[[], Pixels]) -> Callable[[], tuple[Pixels, int]]:
+            return pool.submit(_counted, decode).result if self.images.in_files else partial(_counted, decode)
 
-            else:
-
-                def begun(decode: Callable[[], Pixels]) -> Callable[[], tuple[Pixels, int]]:
-                    return partial(_counted, decode)
-
-            waiting: deque[list[_Decoding]] = deque()
+        try:
             while batch := [
                 (position, label, begun(decode)) for position, (label, decode) in islice(numbered, batch_size)
             ]:
@@ -576,6 +568,8 @@ class Selection:
                 if len(waiting) > ahead:
                     yield waiting.popleft()
             yield from waiting
+        finally:
+            pool.shutdown(cancel_futures=True)
         # Behind the last one the checksum of a file is compared.
         next(stream, None)
 

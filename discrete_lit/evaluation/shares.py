@@ -309,7 +309,7 @@ class _Progress:
                 _log.warning("measuring a share again: %s", error)
         left = positions[self.done :]
         hidden = None if rank() == 0 else True
-        kept_at, since = time.monotonic(), 0
+        kept_at, unkept = time.monotonic(), False
         with (
             torch.inference_mode(),
             tqdm(total=len(positions), initial=self.done, desc=self.description, unit="image", disable=hidden) as bar,
@@ -327,12 +327,12 @@ class _Progress:
                 self.unturned += batch.unturned
                 self.broken |= batch.broken
                 self.done += len(taken)
-                since += len(taken)
+                unkept = True
                 bar.update(len(taken))
                 if kept is not None and time.monotonic() - kept_at >= KEPT_EVERY:
                     self.tally().save(kept)
-                    kept_at, since = time.monotonic(), 0
-        if kept is not None and since:
+                    kept_at, unkept = time.monotonic(), False
+        if kept is not None and unkept:
             self.tally().save(kept)
 
     def tally(self) -> Tally:

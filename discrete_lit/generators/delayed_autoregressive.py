@@ -109,6 +109,6 @@ class DelayedAutoregressive(Generator):
         self, tokens: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
     ) -> Likelihood:
         """Give log p(tokens | condition) in nats, exact: the sum over positions and books."""
-        random = streams_of(tokens, seed=self.seed)
+        random = streams_of(tokens, seed=self.seed, indices=indices)
         losses = self.token_losses(self.to_sequence(tokens), condition, random)
         return Likelihood(-(losses.values.double() * losses.weights).sum(dim=1), "exact")

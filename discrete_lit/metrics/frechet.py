@@ -111,9 +111,7 @@ class Moments:
     @property
     def trace(self) -> Tensor:
         """The sum of the variances."""
-        if self._covariance is None and self.factor is not None:
-            return self.factor.square().sum()
-        return self.covariance.trace()
+        return self.covariance.trace() if self.factor is None else self.factor.square().sum()
 
     @property
     def dim(self) -> int:
@@ -157,8 +155,7 @@ class Moments:
         """
         if self.count is not None and self.count < 2:
             raise ValueError(f"{what}: a covariance needs at least 2 images, its count is {self.count}")
-        spread, bound = (self._covariance, _LARGEST) if self.factor is None else (self.factor, _LARGEST**0.5)
-        assert spread is not None
+        spread, bound = (self.covariance, _LARGEST) if self.factor is None else (self.factor, _LARGEST**0.5)
         for name, values, largest in (("mean", self.mean, _LARGEST), ("covariance", spread, bound)):
             highest = float(values.abs().max())  # not a number, or infinite, where one is not finite
             if not isfinite(highest):
