@@ -53,9 +53,10 @@ from discrete_lit.callbacks.image_grids import undisturbed
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.core.allocator import keep_freed_memory
 from discrete_lit.core.files import file_sha256
+from discrete_lit.evaluation.compared_images import Selection
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import measure
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.generators import Masked
 from discrete_lit.metrics import (
     DensityCoverage,

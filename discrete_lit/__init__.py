@@ -26,7 +26,10 @@ _MOVED = {
     "discrete_lit.processes": ("discrete_lit.diffusion", "discrete_lit.core.random"),
     "discrete_lit.data.tar_samples": ("discrete_lit.data.tars",),
     "discrete_lit.data.token_writer": ("discrete_lit.data.token_arrays",),
-    "discrete_lit.evaluation.selection": ("discrete_lit.evaluation.image_sets",),
+    "discrete_lit.evaluation.selection": (
+        "discrete_lit.evaluation.image_sets",
+        "discrete_lit.evaluation.compared_images",
+    ),
     "discrete_lit.processes.losses": ("discrete_lit.diffusion.losses",),
     "discrete_lit.provenance": ("discrete_lit.core.provenance",),
     "discrete_lit.tokenizers.networks.transformer_blocks": ("discrete_lit.tokenizers.networks.vit",),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from discrete_lit.backbones.execution import count_flops
 from discrete_lit.core.files import file_sha256
 from discrete_lit.metrics.extractors import InceptionV3
-from discrete_lit.metrics.frechet import Moments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import Moments
 from gpu_parts.part import Measurement, Setting, part
 from gpu_parts.speed import measurement
 

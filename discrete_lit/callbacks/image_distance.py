@@ -18,6 +18,7 @@ from discrete_lit.callbacks.image_grids import as_in_validation, shards_weights
 from discrete_lit.core.distributed import failing_together, on_first_rank
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, size_of, size_text, to_uint8
 from discrete_lit.core.lightning_internals import log_step
+from discrete_lit.evaluation.compared_images import Selection
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import (
     FeatureMeter,
@@ -27,11 +28,12 @@ from discrete_lit.evaluation.feature_statistics import (
     reference_from_images,
     reference_from_moments,
 )
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.evaluation.rows import NEIGHBOURS, manifold_for
 from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from discrete_lit.metrics.frechet import frechet_distance, holds_moments
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import holds_moments
 from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
 from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder

@@ -19,7 +19,7 @@ from discrete_lit.core.distributed import on_first_rank, rank
 from discrete_lit.core.files import file_sha256
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
-from discrete_lit.evaluation.image_sets import Selection
+from discrete_lit.evaluation.compared_images import Selection
 from discrete_lit.evaluation.inputs import PERTURBED_NEIGHBOURS, OpenedInputs, Run, open_inputs
 from discrete_lit.evaluation.protocols import ProtocolName, labels_of
 from discrete_lit.evaluation.shares import Shares, whole_metrics
@@ -372,7 +372,7 @@ class _Evaluation:
     ) -> Measurement | None:
         from discrete_lit.evaluation.feature_statistics import measure
         from discrete_lit.metrics.classifier_scores import InceptionScore
-        from discrete_lit.metrics.frechet import FeatureMoments
+        from discrete_lit.metrics.moments import FeatureMoments
 
         opened = self.opened
         # Precision and recall alone need features, and they need those of the reference.

@@ -17,7 +17,8 @@ from discrete_lit.core.provenance import environment
 from discrete_lit.data.audio_clips import AudioClips
 from discrete_lit.data.data_module import Split
 from discrete_lit.metrics.audio_features import AudioFeatures, MelStatistics
-from discrete_lit.metrics.frechet import FeatureMoments, Moments, compare
+from discrete_lit.metrics.frechet import compare
+from discrete_lit.metrics.moments import FeatureMoments, Moments
 from discrete_lit.metrics.spectral import SISNR, SpectralDistance
 from discrete_lit.tokenizers import EnCodec, freeze
 

@@ -20,8 +20,8 @@ from discrete_lit.data.video_clips import VideoClips
 from discrete_lit.evaluation.classifier import ImageClassifier, load_classifier
 from discrete_lit.evaluation.clip_measures import ClipFeatureSource, ClipInstruments, ClipMeter, markdown
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from discrete_lit.metrics.frechet import FeatureMoments
 from discrete_lit.metrics.i3d import I3D, LEAST_FRAMES
+from discrete_lit.metrics.moments import FeatureMoments
 from discrete_lit.metrics.video import ClipFeatures
 from discrete_lit.tokenizers import Tokenizer, freeze
 from discrete_lit.tokenizers.losses.perceptual import LPIPS

@@ -18,6 +18,7 @@ from discrete_lit.core.files import atomic_write_text, content_sha256, file_sha2
 from discrete_lit.core.images import from_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.evaluation.classifier import load_classifier
+from discrete_lit.evaluation.compared_images import Selection
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import (
     FeatureMeter,
@@ -25,7 +26,7 @@ from discrete_lit.evaluation.feature_statistics import (
     reference_from_images,
     reference_from_moments,
 )
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.evaluation.prompts import Prompts, chosen_prompts, class_of_prompts
 from discrete_lit.evaluation.rows import manifold_for
 from discrete_lit.evaluation.sampler_sweep import (
@@ -42,7 +43,8 @@ from discrete_lit.evaluation.sampler_sweep import (
 )
 from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from discrete_lit.metrics.frechet import frechet_distance, holds_moments
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import holds_moments
 from discrete_lit.metrics.precision_recall import precision_and_recall
 from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
 

@@ -16,7 +16,8 @@ from discrete_lit.core.images import frames_of, from_uint8
 from discrete_lit.evaluation.classifier import ImageClassifier
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.extractors import FeatureSource
-from discrete_lit.metrics.frechet import FeatureMoments, FrechetResult, Moments, compare
+from discrete_lit.metrics.frechet import FrechetResult, compare
+from discrete_lit.metrics.moments import FeatureMoments, Moments
 from discrete_lit.metrics.video import VideoFidelity, VideoFigures
 
 ClipKind = Literal["real", "reconstructions", "continuations", "samples"]

@@ -20,7 +20,7 @@ from discrete_lit.core.bounded_reading import open_array
 from discrete_lit.core.distributed import gather_objects, on_first_rank, rank
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
 from discrete_lit.core.images import ImageSize, from_uint8, height_and_width, normal_size, size_text
-from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
+from discrete_lit.evaluation.compared_images import NO_CLASS, Selection
 from discrete_lit.evaluation.shares import (
     Shares,
     Tally,
@@ -31,7 +31,7 @@ from discrete_lit.evaluation.shares import (
 )
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.extractors import LOGITS, POOL, FeatureExtractor
-from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
+from discrete_lit.metrics.moments import FeatureMoments, Moments, check_reference
 from discrete_lit.metrics.precision_recall import ClassSpread, Manifold
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.images import from_uint8
-from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
+from discrete_lit.evaluation.compared_images import NO_CLASS, Selection
 from discrete_lit.evaluation.shares import Shares, Tally, measure_in_shares
 
 if TYPE_CHECKING:

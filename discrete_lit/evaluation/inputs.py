@@ -17,15 +17,8 @@ import numpy as np
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.transforms import MODES
-from discrete_lit.evaluation.image_sets import (
-    NO_CLASS,
-    ClassMatch,
-    ImageSet,
-    NpzImages,
-    Selection,
-    match_classes,
-    open_image_set,
-)
+from discrete_lit.evaluation.compared_images import NO_CLASS, ClassMatch, Selection, match_classes
+from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, open_image_set
 from discrete_lit.evaluation.prompts import PromptedImages, Prompts, class_of_prompts
 from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs
 from discrete_lit.metrics.extractors import SPATIAL, EfficientNetLite0, FeatureExtractor
@@ -36,7 +29,7 @@ if TYPE_CHECKING:
     from discrete_lit.evaluation.classifier import ImageClassifier
     from discrete_lit.evaluation.feature_statistics import Reference
     from discrete_lit.generators import Generator
-    from discrete_lit.metrics.frechet import Moments
+    from discrete_lit.metrics.moments import Moments
     from discrete_lit.tokenizers import PerturbedTokenizer
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
@@ -107,7 +100,7 @@ def open_inputs(
         ValueError: the reasons of `evaluate` that are known before an image is read.
     """
     from discrete_lit.evaluation.feature_statistics import reference_from_moments
-    from discrete_lit.metrics.frechet import Moments, holds_moments
+    from discrete_lit.metrics.moments import Moments, holds_moments
 
     image_size = normal_size(image_size)
     rules = None if protocol is None else PROTOCOLS[protocol]

@@ -17,7 +17,8 @@ from typing import Literal
 
 from discrete_lit.core.files import Npz
 from discrete_lit.core.images import ImageSize, height_and_width, size_text
-from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet, Selection
+from discrete_lit.evaluation.compared_images import NO_CLASS, Selection
+from discrete_lit.evaluation.image_sets import ImageSet
 from discrete_lit.metrics.extractors import DINOv2, EfficientNetLite0, FeatureExtractor, InceptionV3
 
 ProtocolName = Literal["gfid_adm50k", "rfid_val50k", "fd_dinov2", "fd_efficientnet"]

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discrete_lit.evaluation.compared_images import NO_CLASS, Selection
 from discrete_lit.evaluation.feature_statistics import Measurement, Reference, reference_manifold
-from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 from discrete_lit.evaluation.report_table import Row
 from discrete_lit.evaluation.shares import whole_metrics
 from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import Moments, compare, frechet_distance
+from discrete_lit.metrics.frechet import compare, frechet_distance
+from discrete_lit.metrics.moments import Moments
 from discrete_lit.metrics.precision_recall import ClassSpread, Manifold, precision_and_recall, within_class_diversity
 
 NEIGHBOURS = 3

@@ -34,7 +34,7 @@ from discrete_lit.core.distributed import (
     world_size,
 )
 from discrete_lit.core.files import Npz, atomic_write, content_sha256
-from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
+from discrete_lit.evaluation.compared_images import NO_CLASS, Selection
 
 _log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """Streaming measures of images, features and ids: they know no model, and every running sum is a `torchmetrics.Metric`.
 
 `extractors` has the networks whose features are measured, `image_metrics` runs one for several measures at once. FID
-and its kin are in `frechet`; KID, CMMD, MIND and the distance of each class in `feature_distances`, over the features
-that `kept_features` keeps; precision, recall, density, coverage and diversity in `precision_recall`; the Inception
-Score and the accuracy of labels in `classifier_scores`; the nearest training image in `nearest_training`; PSNR, SSIM
-and rates in `reconstruction`, of clips in `video`, of waveforms in `spectral`; usage of ids in `codebook_usage`; curves
-over time or position in `binned_mean`. The names below are imported when they are asked for: torchmetrics takes
-seconds, which `discrete-lit evaluate --help` does not wait for.
+and its kin are in `frechet`, of the `moments` of features; KID, CMMD, MIND and the distance of each class in
+`feature_distances`, over the features that `kept_features` keeps; precision, recall, density, coverage and diversity in
+`precision_recall`; the Inception Score and the accuracy of labels in `classifier_scores`; the nearest training image in
+`nearest_training`; PSNR, SSIM and rates in `reconstruction`, of clips in `video`, of waveforms in `spectral`; usage of
+ids in `codebook_usage`; curves over time or position in `binned_mean`. The names below are imported when they are asked
+for: torchmetrics takes seconds, which `discrete-lit evaluate --help` does not wait for.
 """
 
 from importlib import import_module
@@ -28,17 +28,10 @@ if TYPE_CHECKING:
         KernelDistance,
         SlicedWasserstein,
     )
-    from discrete_lit.metrics.frechet import (
-        FeatureMoments,
-        FrechetDistance,
-        FrechetRatio,
-        FrechetResult,
-        Moments,
-        compare,
-        frechet_distance,
-    )
+    from discrete_lit.metrics.frechet import FrechetDistance, FrechetRatio, FrechetResult, compare, frechet_distance
     from discrete_lit.metrics.image_metrics import ImageMetrics
     from discrete_lit.metrics.kept_features import FeatureSet, KeptFeatures
+    from discrete_lit.metrics.moments import FeatureMoments, Moments
     from discrete_lit.metrics.nearest_training import NearestTraining
     from discrete_lit.metrics.precision_recall import DensityCoverage, PrecisionRecall, WithinClassDiversity
     from discrete_lit.metrics.video import ClipFeatures, VideoFidelity
@@ -80,6 +73,7 @@ _FILES = {
     "feature_distances": ("ClassFrechetDistance", "GaussianDistance", "KernelDistance", "SlicedWasserstein"),
     "image_metrics": ("ImageMetrics",),
     "kept_features": ("FeatureSet", "KeptFeatures"),
+    "moments": ("FeatureMoments", "Moments"),
     "nearest_training": ("NearestTraining",),
     "precision_recall": ("DensityCoverage", "PrecisionRecall", "WithinClassDiversity"),
     "video": ("ClipFeatures", "VideoFidelity"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from discrete_lit.core.distributed import rank, world_size
 from discrete_lit.metrics.binned_mean import SumsInFloat64
 from discrete_lit.metrics.extractors import LOGITS, FeatureSource
-from discrete_lit.metrics.frechet import check_width
+from discrete_lit.metrics.moments import check_width
 
 
 class InceptionScore(SumsInFloat64):

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from discrete_lit.metrics.extractors import FeatureSource
-from discrete_lit.metrics.frechet import Moments, check_reference, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
 from discrete_lit.metrics.kept_features import NO_LABEL, FeatureSet, KeptFeatures, finite
+from discrete_lit.metrics.moments import Moments, check_reference
 
 # Kernel values that are held at once: 128 MB.
 _VALUES_AT_ONCE = 2**24

@@ -19,7 +19,7 @@ from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.files import Npz, atomic_write
 from discrete_lit.metrics.binned_mean import SumsInFloat64
 from discrete_lit.metrics.extractors import FeatureSource
-from discrete_lit.metrics.frechet import check_reference, check_width
+from discrete_lit.metrics.moments import check_reference, check_width
 
 NO_LABEL = -1
 """The label of an image without a class."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from discrete_lit.metrics.extractors import FeatureSource
 from discrete_lit.metrics.feature_distances import ComparedFeatures
-from discrete_lit.metrics.frechet import check_reference
 from discrete_lit.metrics.kept_features import FeatureSet, finite
+from discrete_lit.metrics.moments import check_reference
 
 # Distances that are held at once: 256 MB.
 _DISTANCES_AT_ONCE = 2**25

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from shared import processor_minutes, stamp
 
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.compared_images import Selection
+from discrete_lit.evaluation.image_sets import open_image_set
 
 QUICKSTART = Path("runs/quickstart")
 # The families on the tokens of each tokenizer, by the names of the comparison's report.

@@ -28,10 +28,12 @@ from torch import Tensor
 from discrete_lit.checkpoints import load
 from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.compared_images import Selection
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.metrics import EfficientNetLite0, FeatureMoments
 from discrete_lit.metrics.codebook_usage import CodebookUsage
-from discrete_lit.metrics.frechet import Moments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import Moments
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.tokenizers import KLVAE
 

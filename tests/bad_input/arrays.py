@@ -15,7 +15,7 @@ from bad_input.case import Case
 from discrete_lit.data import TokenArrays, TokenWriter
 from discrete_lit.data.caption_file import CaptionFile
 from discrete_lit.evaluation.image_sets import open_image_set
-from discrete_lit.metrics.frechet import Moments
+from discrete_lit.metrics.moments import Moments
 from discrete_lit.tokenizers import ColourPalette
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3), dtype=np.uint8)

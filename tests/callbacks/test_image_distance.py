@@ -24,7 +24,8 @@ from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.images import to_uint8
 from discrete_lit.data import ImageFolder
 from discrete_lit.evaluation.feature_statistics import FeatureMeter, Measurement
-from discrete_lit.metrics.frechet import Moments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import Moments
 from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
 
 

@@ -19,7 +19,8 @@ from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.data import VideoClips
 from discrete_lit.evaluation.classifier import ClassifierFeatures, load_classifier
 from discrete_lit.evaluation.clip_measures import classes_of
-from discrete_lit.metrics.frechet import FeatureMoments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import FeatureMoments
 from discrete_lit.metrics.video import ClipFeatures, VideoFidelity
 
 SIZE = (5, 16, 16)

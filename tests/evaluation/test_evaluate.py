@@ -20,9 +20,10 @@ from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.data.transforms import UndecodableImage
 from discrete_lit.evaluation import feature_statistics
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.compared_images import Selection
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import Moments
+from discrete_lit.metrics.moments import Moments
 from discrete_lit.metrics.precision_recall import Manifold
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 

@@ -8,8 +8,9 @@ import torch
 from helpers.stored_images import pixels, save_folder, save_npz
 
 from discrete_lit.core.images import from_uint8
+from discrete_lit.evaluation.compared_images import Selection
 from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.tokenizers import PixelLevels
 
 

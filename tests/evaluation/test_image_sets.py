@@ -17,7 +17,8 @@ from PIL import Image
 from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.data import ImageShards
 from discrete_lit.data.transforms import UndecodableImage, center_crop
-from discrete_lit.evaluation.image_sets import Selection, match_classes, open_image_set
+from discrete_lit.evaluation.compared_images import Selection, match_classes
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.evaluation.shares import Tally, measure_in_shares
 
 

@@ -19,7 +19,8 @@ from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.cli.compare import compare
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.core.images import from_uint8, to_uint8
-from discrete_lit.metrics.frechet import FeatureMoments, Moments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import FeatureMoments, Moments
 from discrete_lit.tokenizers import PerturbedTokenizer
 
 

@@ -15,7 +15,8 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.evaluation.protocols import PROTOCOLS
-from discrete_lit.metrics.frechet import Moments, frechet_distance
+from discrete_lit.metrics.frechet import frechet_distance
+from discrete_lit.metrics.moments import Moments
 
 
 class Inception(ColourMeans):

@@ -6,7 +6,8 @@ from helpers.sounds import waveforms
 from torch import Tensor
 
 from discrete_lit.metrics.audio_features import AudioFeatures, MelStatistics
-from discrete_lit.metrics.frechet import FeatureMoments, Moments, compare
+from discrete_lit.metrics.frechet import compare
+from discrete_lit.metrics.moments import FeatureMoments, Moments
 
 
 def moments_of(features: AudioFeatures, clips: Tensor) -> Moments:

@@ -6,17 +6,10 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from discrete_lit.metrics import frechet
+from discrete_lit.metrics import moments
 from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import (
-    FDR6_DENOMINATORS,
-    FeatureMoments,
-    FrechetDistance,
-    FrechetRatio,
-    Moments,
-    compare,
-    frechet_distance,
-)
+from discrete_lit.metrics.frechet import FDR6_DENOMINATORS, FrechetDistance, FrechetRatio, compare, frechet_distance
+from discrete_lit.metrics.moments import FeatureMoments, Moments
 
 
 class Flatten(FeatureExtractor):
@@ -313,8 +306,8 @@ def test_broken_moments_are_at_no_distance_not_even_of_themselves(broken, first)
 def test_eigenvalues_are_looked_at_once_and_of_sums_never(tmp_path, monkeypatch):
     stored = saved(tmp_path, SYMMETRIC)
     looked = []
-    original = frechet._lowest_is_below
-    monkeypatch.setattr(frechet, "_lowest_is_below", lambda *given: looked.append(given) or original(*given))
+    original = moments._lowest_is_below
+    monkeypatch.setattr(moments, "_lowest_is_below", lambda *given: looked.append(given) or original(*given))
     reference, own = Moments.load(stored), FeatureMoments(Flatten(2))
     own.update(torch.from_numpy(random_features(30, 2, 0)))
     for _ in range(2):

@@ -18,8 +18,9 @@ from discrete_lit.metrics.feature_distances import (
     KernelDistance,
     SlicedWasserstein,
 )
-from discrete_lit.metrics.frechet import FeatureMoments, FrechetDistance
+from discrete_lit.metrics.frechet import FrechetDistance
 from discrete_lit.metrics.kept_features import FeatureSet, KeptFeatures
+from discrete_lit.metrics.moments import FeatureMoments
 from discrete_lit.metrics.nearest_training import NearestTraining
 from discrete_lit.metrics.precision_recall import ClassSpread, DensityCoverage, PrecisionRecall, WithinClassDiversity
 from discrete_lit.metrics.reconstruction import ReconstructionFidelity

@@ -3,7 +3,8 @@ import torch
 from helpers.means_extractor import ColourMeans
 
 from discrete_lit.core.images import from_uint8
-from discrete_lit.metrics.frechet import FeatureMoments, compare
+from discrete_lit.metrics.frechet import compare
+from discrete_lit.metrics.moments import FeatureMoments
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.metrics.video import ClipFeatures, VideoFidelity, temporal_difference_error
 
