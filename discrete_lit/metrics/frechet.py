@@ -160,7 +160,7 @@ def compare(extractor: FeatureSource, samples: Moments, reference: Moments, refe
     for what, moments in (("samples", samples), ("reference", reference)):
         if moments.rank < moments.dim:
             notes.append(
-                f"{what}: {moments.count:,} images for {moments.dim:,} features, so the covariance is rank-deficient "
+                f"{what}: {moments.count:,} for {moments.dim:,} features, so the covariance is rank-deficient "
                 "and the distance biased upwards: compare it at equal counts only"
             )
     if reference.weights_sha256 is None:

@@ -260,7 +260,7 @@ def test_samples_without_labels_need_no_classes(sets, tmp_path):
 
 
 def test_few_images_are_noted(sets):
-    assert evaluate(**{**sets, "num_images": 6})["notes"][0].startswith("samples: 6 images for 6 features")
+    assert evaluate(**{**sets, "num_images": 6})["notes"][0].startswith("samples: 6 for 6 features")
 
 
 def test_a_set_with_fewer_images_is_refused_before_anything_is_computed(sets, monkeypatch):

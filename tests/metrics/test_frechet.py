@@ -219,7 +219,7 @@ def test_result_says_what_it_is():
     assert (result.count, result.reference, result.reference_count) == (5, "shards/test", 90)
     assert (result.extractor, result.weights_sha256, result.protocol) == ("Pixels", "0" * 64, "none")
     assert result.value == frechet_distance(few, many)
-    assert len(result.notes) == 1 and result.notes[0].startswith("samples: 5 images for 8 features")
+    assert len(result.notes) == 1 and result.notes[0].startswith("samples: 5 for 8 features")
     assert compare(extractor, many, many, "itself").notes == ()
 
 
