@@ -27,7 +27,7 @@ _NOUNS = (
     "ankle boot",
 )
 # The mean of the pixels that are not black, in 0..255: limits that cut the training images into about three thirds.
-_TONES = ((127.5, "dark"), (170.5, "grey"), (256.0, "bright"))
+TONES = ((127.5, "dark"), (170.5, "grey"), (256.0, "bright"))
 _SENTENCES = ("a photo of a {tone} {noun}", "this {noun} is {tone}", "{noun}, {tone}")
 
 
@@ -79,14 +79,23 @@ class EmbeddedSet(Source):
     def fingerprint(self) -> str:
         # All images have one size, so the entries alone would not tell one file from another.
         own = content_sha256(EMBEDDED_SHA256 + super().fingerprint())
-        return content_sha256([own, *_SENTENCES, *_NOUNS, str(_TONES)]) if self._has_captions else own
+        return content_sha256([own, *_SENTENCES, *_NOUNS, str(TONES)]) if self._has_captions else own
 
     def captions(self, index: int) -> tuple[str, ...]:
         if not self._has_captions:
             return ()
-        pixels, label = self._images[index], self.entries[index].label
+        tone, label = tone_of(self._images[index]), self.entries[index].label
         assert label is not None
-        shown = pixels[pixels > 0]
-        brightness = float(shown.mean()) if shown.size else 0.0
-        tone = next(name for limit, name in _TONES if brightness < limit)
         return tuple(sentence.format(tone=tone, noun=_NOUNS[label]) for sentence in _SENTENCES)
+
+
+def tone_of(pixels: np.ndarray, black: int = 0) -> str:
+    """Call a picture dark, grey or bright, as its caption does.
+
+    Args:
+        pixels: uint8, of any shape.
+        black: the brightest pixel that is background. That of the data is 0; that of drawn pictures only nearly.
+    """
+    shown = pixels[pixels > black]
+    brightness = float(shown.mean()) if shown.size else 0.0
+    return next(name for limit, name in TONES if brightness < limit)

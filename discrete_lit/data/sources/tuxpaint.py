@@ -110,7 +110,7 @@ class TuxpaintSpeech(Source):
     """The spoken captions of Tux Paint's stamps, `.ogg` and `.wav`; the class is the language.
 
     A clip is what `<stamp>_desc_<language>.ogg` says, of English `<stamp>_desc.ogg`, and its caption the text of that
-    language in the stamp's own file, by which it was read. There are some 700 to 930 each in be, bg, ca, el, es, fr, ro
+    language in the stamp's own file, by which it was read. There are 650 to 930 each in be, bg, ca, el, es, fr, ro
     and ru, fewer in others. All languages of a stamp are in one split, that of its picture in `TuxpaintStamps`.
     Source: see `TuxpaintStamps`. The speakers are the project's volunteers, most languages of one voice.
 
