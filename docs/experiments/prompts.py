@@ -6,8 +6,8 @@ Needs both models of lightning_configs/quickstart_text and the quickstart's clas
 each of two sets of prompts, every class in three tones: in the words of the captions, "a photo of a dark coat", and in
 words that no caption has, "a photo of a dark jacket". The class is right where an independent classifier finds it
 (`discrete-lit evaluate --prompts`), the tone where the mean of the pixels that are not black lies within the limits by
-which captions call it dark, grey or bright. The same of real pictures, with their own captions, and of what the
-tokenizers make of those says what can be reached. Finished samples are kept.
+which captions call it dark, grey or bright. What the classifiers find of real pictures, and what the tokenizers keep of
+class and tone, says what can be reached. It writes prompts.md beside this file; finished samples are kept.
 """
 
 import argparse
@@ -72,6 +72,33 @@ def reconstructed(pictures: np.ndarray, checkpoint: Path, count: int = 1000) -> 
     return [tone_of(new, BLACK) == tone_of(old) for new, old in zip(again, chosen, strict=True)]
 
 
+def page(rows: list[dict[str, Any]], tones: dict[str, list[bool]], made: str) -> list[str]:
+    """The lines of the page: all measures of each row, and how often each word is drawn."""
+    lines = [
+        "# Pictures by a text",
+        "",
+        made,
+        "",
+        "| images of | class right (apart) | class right (plain) | tone right | FD-EffNetLite0 | precision | recall |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        found = row["label_accuracy"]
+        tone = share(tones[row["name"]]) if row["name"] in tones else ""
+        lines.append(
+            f"| {row['name']} | {found['apart']:.1%} | {found['plain']:.1%} | {tone} | {row['FD-EffNetLite0']:.1f} | "
+            f"{row['precision']:.3f} | {row['recall']:.3f} |"
+        )
+    lines += ["", "How often the class of each word is right (apart):", ""]
+    lines += [f"| words | {' | '.join(MODELS.values())} |", f"|:--|{'--:|' * len(MODELS)}"]
+    by_class = {row["name"]: row["label_accuracy_by_class"]["apart"] for row in rows}
+    for number, words in enumerate(SETS):
+        for label, names in enumerate(WORDS.values()):
+            shares = [f"{by_class[f'{model}, {words}'][label]:.0%}" for model in MODELS.values()]
+            lines.append(f"| {names[number]} | {' | '.join(shares)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=33, help="pictures of each of the 30 prompts")
@@ -94,7 +121,7 @@ def main() -> None:
                 sample(str(checkpoint), str(output), num_samples=count, **settings)  # type: ignore[arg-type]
             row = f"{name}, {words}"
             samples[row] = str(output / "samples.npz")
-            images = np.load(output / "samples.npz")["images"]
+            images = np.load(output / "samples.npz")["arr_0"]
             wanted = [asked[number][index % len(asked[number])]["tone"] for index in range(count)]
             tones[row] = [tone_of(image, BLACK) == tone for image, tone in zip(images, wanted, strict=True)]
     pictures = np.load(DATA)["test_images"]
@@ -118,22 +145,9 @@ def main() -> None:
         batch_size=30,
     )["rows"]
     number = "" if given.each == 33 else f" --each {given.each}"
-    lines = [
-        "# Pictures by a text",
-        "",
-        f"`python docs/experiments/prompts.py{number}`, {stamp()}, {processor_minutes():.1f} minutes of processor. "
-        f"{count} pictures a row, one seed.",
-        "",
-        "| images of | class right (apart) | class right (plain) | tone right | FD-EffNetLite0 | precision | recall |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        found = row["label_accuracy"]
-        tone = share(tones[row["name"]]) if row["name"] in tones else ""
-        lines.append(
-            f"| {row['name']} | {found['apart']:.1%} | {found['plain']:.1%} | {tone} | {row['FD-EffNetLite0']:.1f} | "
-            f"{row['precision']:.3f} | {row['recall']:.3f} |"
-        )
+    command = f"`python docs/experiments/prompts.py{number}`"
+    machine = f"{stamp()}, {processor_minutes():.1f} minutes of processor. {count} pictures a row, one seed"
+    lines = page(rows, tones, f"{command}, {machine}.")
     given.page.write_text("\n".join([*lines, ""]))
     print("\n".join(lines))
 
