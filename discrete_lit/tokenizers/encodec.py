@@ -28,6 +28,7 @@ from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruc
 from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer, WaveformLoss
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
 from discrete_lit.tokenizers.networks import SEANet
+from discrete_lit.tokenizers.networks.network import LayerInitialization
 from discrete_lit.tokenizers.quantizers import ResidualQuantizer
 
 
@@ -61,7 +62,7 @@ class EnCodec(AutoencoderTokenizer):
         balancer: of the gradients at the decoder's output; None adds them up by their weights.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
-        weight_decay_rule, accumulation: see `ImageAutoencoder`.
+        weight_decay_rule, initialization, accumulation: see `ImageAutoencoder`.
 
     Raises:
         ValueError: a setting out of its range, or more books than there are codebooks.
@@ -97,6 +98,7 @@ class EnCodec(AutoencoderTokenizer):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         weight_decay_rule: WeightDecayRule = "linear",
+        initialization: LayerInitialization | None = None,
         accumulation: Accumulation = "exact",
     ) -> None:
         quantizer = ResidualQuantizer(
@@ -115,6 +117,7 @@ class EnCodec(AutoencoderTokenizer):
             optimizer=optimizer,
             scheduler=scheduler,
             weight_decay_rule=weight_decay_rule,
+            initialization=initialization,
             accumulation=accumulation,
         )
         if sample_rate < 1:

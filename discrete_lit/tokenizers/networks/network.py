@@ -2,15 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from math import prod
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from discrete_lit.core.images import ImageSize
 
-LayerInitialization = Literal["vaex"]
-"""Published first weights of the layers of a tokenizer; see `initialise_layers`."""
+LayerInitialization = Literal["vaex", "lecun"]
+"""First weights of the layers of a tokenizer; see `initialise_layers`."""
+
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 class Autoencoder(nn.Module, ABC):
@@ -79,9 +83,12 @@ class Autoencoder(nn.Module, ABC):
 def initialise_layers(module: nn.Module, kind: LayerInitialization | None) -> None:
     """Give the linear layers and convolutions of a new network or quantizer the weights that they begin with.
 
-    `"vaex"`: convolutions normal with deviation sqrt(2 / (n + m)) / 2, of n inputs and m outputs times the kernel's
-    size (Xavier's with a gain of 0.5), linear layers normal with 0.02, biases 0: those of vaex, the single-scale
-    tokenizer of VAR's authors (`models/__init__.py`).
+    - `"vaex"`: convolutions normal with deviation sqrt(2 / (n + m)) / 2, of n inputs and m outputs times the kernel's
+      size (Xavier's with a gain of 0.5), linear layers normal with 0.02, biases 0: those of vaex, the single-scale
+      tokenizer of VAR's authors (`models/__init__.py`).
+    - `"lecun"`: normal with deviation 1 / sqrt(n), n the inputs of an output, biases 0 (LeCun et al., "Efficient
+      BackProp", 1998): what a linear network is given it passes on at its size. PyTorch's own weights make it 1.7 times
+      smaller in each layer; a deep network without norms then begins with what its biases say, and leaves that slowly.
 
     Args:
         module: changed in place.
@@ -95,11 +102,27 @@ def initialise_layers(module: nn.Module, kind: LayerInitialization | None) -> No
     if kind not in get_args(LayerInitialization):
         raise ValueError(f"initialization={kind!r} is not known, accepted: {', '.join(get_args(LayerInitialization))}")
     for layer in module.modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            nn.init.xavier_normal_(layer.weight, gain=0.5)
-        elif isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.02)
-        else:
+        if not isinstance(layer, nn.Linear | _Convolution):
             continue
+        weight = torch.empty_like(layer.weight)
+        (_fill_lecun if kind == "lecun" else _fill_vaex)(weight, layer)
+        if is_parametrized(layer, "weight"):  # computed of others, as by weight_norm: assigning sets these
+            layer.weight = weight  # type: ignore[assignment]
+        else:
+            layer.weight.copy_(weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def _fill_vaex(weight: Tensor, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear):
+        nn.init.normal_(weight, std=0.02)
+    else:
+        nn.init.xavier_normal_(weight, gain=0.5)
+
+
+def _fill_lecun(weight: Tensor, layer: nn.Module) -> None:
+    inputs = float(weight[0].numel())
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        inputs = weight[:, 0].numel() / prod(layer.stride)  # the taps that a stride leaves of the kernel
+    nn.init.normal_(weight, std=inputs**-0.5)

@@ -82,7 +82,7 @@ def test_first_weights_of_vaex() -> None:
         assert float(layer.weight.detach().square().mean().sqrt()) == pytest.approx(expected, rel=sharp)
         assert layer.bias is None or not layer.bias.any()
     assert len(convolutions) > 10
-    with pytest.raises(ValueError, match="initialization='xavier' is not known, accepted: vaex"):
+    with pytest.raises(ValueError, match="initialization='xavier' is not known, accepted: vaex, lecun"):
         initialise_layers(network, "xavier")
 
 
