@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio quickstart-video learned-video seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -201,17 +201,18 @@ quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back
 
 learned-digits: $(BOTH_WAYS:%=$(DIGITS)/%/samples.npz) $(SUMS:%=$(DIGITS)/%/samples.npz)
 
-DIGITS_FILE := $(DIGITS)/sklearn/datasets/data/digits.csv.gz
+# scikit-learn's digits, of which the quickstarts of digits and of video make their data.
+DIGITS_FILE := sklearn/datasets/data/digits.csv.gz
 
-$(DIGITS_FILE): | .venv/installed
-	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --dest $(DIGITS) scikit-learn
-	cd $(DIGITS) && $(abspath $(BIN))/python -m zipfile --extract scikit_learn-*.whl wheel
+%/$(DIGITS_FILE): | .venv/installed
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --dest $* scikit-learn
+	cd $* && $(abspath $(BIN))/python -m zipfile --extract scikit_learn-*.whl wheel
 	mkdir -p $(@D)
-	mv $(DIGITS)/wheel/sklearn/datasets/data/digits.csv.gz $@
-	rm -r $(DIGITS)/wheel $(DIGITS)/scikit_learn-*.whl
+	mv $*/wheel/$(DIGITS_FILE) $@
+	rm -r $*/wheel $*/scikit_learn-*.whl
 
 $(SHARDS:%=$(DIGITS)/shards/%/manifest.json) $(SUMS:%=$(DIGITS)/shards/%/manifest.json) \
-		$(SUMS:%=$(DIGITS)/shards/%_validation/manifest.json): | $(DIGITS_FILE)
+		$(SUMS:%=$(DIGITS)/shards/%_validation/manifest.json): | $(DIGITS)/$(DIGITS_FILE)
 
 $(DIGITS)/words.json: $(DIGITS)/shards/train/manifest.json
 	$(LIT) text_tokenizer --shards $(<D) --vocab_size 400 --output $@
@@ -274,6 +275,37 @@ $(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/va
 $(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished
 	$(LIT) sample --config $(AUDIO_CONFIGS)/sample.yaml
 
+# Digits that move, as clips: by digit, of any digit (label 10 is none), continued, and filled in.
+VIDEO := runs/quickstart_video
+VIDEO_CONFIGS := lightning_configs/quickstart_video
+DRAWN_CLIPS := $(SEEDED) $(SEEDED:%=%_any) continued filled_in
+
+quickstart-video: ## a tokenizer of clips, and moving digits drawn, continued and filled in
+	$(MAKE) --jobs 2 learned-video OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(VIDEO)/evaluation/report.md
+	@cat $(VIDEO)/evaluation/report.md
+	@echo
+	$(BIN)/python docs/experiments/video.py measure
+	@echo
+	@echo "to look at:   $(DRAWN_CLIPS:%=$(VIDEO)/%/samples.gif)"
+	@echo "training log: $(BIN)/tensorboard --logdir $(VIDEO)"
+
+learned-video: $(DRAWN_CLIPS:%=$(VIDEO)/%/samples.npz) $(VIDEO)/classifier/finished
+
+$(SHARDS:%=$(VIDEO)/shards/%/manifest.json): | $(VIDEO)/$(DIGITS_FILE)
+
+$(VIDEO)/%_any/samples.npz: $(VIDEO)/%/finished
+	$(LIT) sample --config $(VIDEO_CONFIGS)/sample.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D) --labels '[10]'
+
+$(VIDEO)/continued/samples.npz: $(VIDEO)/autoregressive/finished
+	$(LIT) sample --config $(VIDEO_CONFIGS)/sample_continued.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
+
+$(VIDEO)/filled_in/samples.npz: $(VIDEO)/masked/finished
+	$(LIT) sample --config $(VIDEO_CONFIGS)/sample_continued.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D) \
+		--known_positions '[0, 4]'
+
+$(VIDEO)/evaluation/report.md: $(DRAWN_CLIPS:%=$(VIDEO)/%/samples.npz) $(VIDEO)/classifier/finished
+	$(LIT) evaluate_video --config $(VIDEO_CONFIGS)/evaluate.yaml
 
 # The emoji and their names, drawn and read by one model.
 NAMED := runs/quickstart_emoji
@@ -432,5 +464,6 @@ $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
 $(eval $(call pipeline,$(DIGITS),$(DIGITS_CONFIGS)))
 $(eval $(call pipeline,$(NAMED),$(NAMED_CONFIGS)))
+$(eval $(call pipeline,$(VIDEO),$(VIDEO_CONFIGS)))
 
 .PRECIOUS: $(COLOUR)/%_grid/samples.npz
