@@ -210,12 +210,19 @@ class SegmentGenerator(ClassConditionalTraining):
             forbidden: events that may not happen, as of `id_losses`.
         """
         owners: list[tuple[str, Tensor]] = []
-        losses = id_losses(self.backbone, sequence, hidden, softmax_over="allowed", forbidden=forbidden, owners=owners)
+        losses = id_losses(
+            self.backbone,
+            sequence,
+            hidden,
+            softmax_over="allowed",
+            segments=segments,
+            forbidden=forbidden,
+            owners=owners,
+        )
         nats = torch.zeros(len(sequence), dtype=torch.float64, device=hidden.device)
         for name, each in losses.items():
-            if name in segments:
-                owner = torch.cat([owner for owned, owner in owners if owned == name])
-                nats = nats.index_add(0, owner, -each.values.double())
+            owner = torch.cat([owner for owned, owner in owners if owned == name])
+            nats = nats.index_add(0, owner, -each.values.double())
         return nats
 
     # Sampling.

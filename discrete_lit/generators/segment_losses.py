@@ -5,7 +5,7 @@ where they stand; `scale_losses` that of the ids of scales. `mean_loss` makes on
 vectors, the same on any number of ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ def id_losses(
     hidden: Tensor,
     *,
     softmax_over: SoftmaxOver,
+    segments: Collection[str] | None = None,
     silent: Tensor | None = None,
     forbidden: Tensor | None = None,
     owners: list[tuple[str, Tensor]] | None = None,
@@ -48,6 +49,7 @@ def id_losses(
         sequence: that it read.
         hidden: `(B, N, D)`.
         softmax_over: the ids that may stand in the place (`"allowed"`), or all (`"vocabulary"`).
+        segments: names of those that are predicted; all by default. Of others no logits are computed.
         silent: `(S,)` bool, the samples whose text does not count.
         forbidden: events that may not happen; where they did, as where an image was given, nothing is predicted.
         owners: is filled with the sample that each of a segment's ids belongs to, set by set.
@@ -64,6 +66,8 @@ def id_losses(
             continue
         if len(ids) == 1 and segment.ends_inside:
             continue  # what stands around an island sees it, and is written with it
+        if segments is not None and segment.name not in segments:
+            continue
         predicted = follows & (grammar.set_of[states] == of_set)
         if silent is not None and segment.modality == "text":
             predicted &= ~silent[sample.clamp(min=0)]

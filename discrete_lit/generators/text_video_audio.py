@@ -375,9 +375,8 @@ class TextVideoAudio(SegmentGenerator):
             )
             outputs = self._books("voice") if voice else ("video", *self._books("audio"))
             hidden = self.backbone(sequence)
-            losses = id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over)
-            # Elements of the prefix see those behind them; segments of the other kind have no ids here.
-            losses = {name: each for name, each in losses.items() if name in outputs and len(each.values)}
+            # Elements of the prefix see those behind them: nothing is predicted there.
+            losses = id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over, segments=outputs)
             passes.append(self.shape_of(sequence, losses))
             for name, each in losses.items():
                 found.setdefault("video" if name == "video" else "audio", []).append(each)
