@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio quickstart-video learned-video seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -229,7 +229,8 @@ $(SUMS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finish
 $(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
 	$(LIT) sample --config $(DIGITS_CONFIGS)/sample_sums.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
 
-quickstart-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/evaluation/report.md ## a codec of speech, and two digits said from a text
+quickstart-audio: $(AUDIO)/codec/finished ## a codec of speech, and two digits said from a text
+	$(MAKE) --jobs 2 learned-audio OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(BIN)/python docs/experiments/audio.py --output $(AUDIO)
 	@echo
 	@echo "to listen to: $(AUDIO)/listen $(AUDIO)/speech/samples/clips"
@@ -268,8 +269,16 @@ $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json: $(
 		$(AUDIO)/codec/finished $(AUDIO)/words/train/manifest.json $(AUDIO)/words/test/manifest.json
 	$(LIT) tokenize --config $(AUDIO_CONFIGS)/tokens.yaml --split $* --output $(@D)
 
-$(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json $(AUDIO)/words.json
-	$(LIT) fit --config $(AUDIO_CONFIGS)/speech.yaml --ckpt_path last
+learned-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/speech_rq/finished $(AUDIO)/decoder/finished $(AUDIO)/evaluation/report.md
+
+SAID := $(AUDIO)/speech/finished $(AUDIO)/speech_rq/finished
+
+$(SAID): $(AUDIO)/%/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json $(AUDIO)/words.json
+	$(LIT) fit --config $(AUDIO_CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(AUDIO)/decoder/finished: $(AUDIO)/codec/finished
+	$(LIT) fit --config $(AUDIO_CONFIGS)/decoder.yaml --ckpt_path last
 	@touch $@
 
 $(AUDIO)/speech/samples/samples.npz: $(AUDIO)/speech/finished

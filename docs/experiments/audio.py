@@ -7,8 +7,9 @@ listen to, runs/quickstart_audio/listen. Needs the extras `audio` and `video` (P
 codecs).
 
 The codec is measured on whole prompts that it was not trained on. Bits a second are those of a file: of the codec its
-ids, each in log2(K) bits; of the others the file that PyAV or soundfile writes. The output of a classical codec comes
-late by some milliseconds: it is moved by the number of samples that gives it the best SI-SNR.
+ids, each in log2(K) bits, whether its own decoder makes sound of them or diffusion; of the others the file that PyAV or
+soundfile writes. The output of a classical codec comes late by some milliseconds: it is moved by the number of samples
+that gives it the best SI-SNR.
 
 The classifier of words is a convolution over mel spectra, trained on the ten real recordings, changed in speed, place,
 loudness, band and noise. It never hears the codec or the generator.
@@ -38,13 +39,14 @@ from discrete_lit.data.audio_clips import decode_audio
 from discrete_lit.data.sources import SpokenDigits, SpokenPrompts
 from discrete_lit.data.sources.spoken_digits import SLOT, at_speed
 from discrete_lit.data.sources.spoken_prompts import DIGITS
-from discrete_lit.generators import DelayedAutoregressive
+from discrete_lit.generators import Autoregressive, DelayedAutoregressive, TokenDiffusionDecoder
 from discrete_lit.metrics.spectral import MultiScaleSpectralDistance, mel_spectrum, si_snr, spectrogram_image
 from discrete_lit.tokenizers import EnCodec
 
 RATE, LONGEST, MOST_DELAY = 8000, 4 * 8000, 480
 WINDOWS = (64, 128, 256, 512, 1024)
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 400, 40
+GENERATORS = {"MusicGen's delays": "speech", "RQ-Transformer": "speech_rq"}
 
 
 @dataclass(kw_only=True)
@@ -91,6 +93,18 @@ def by_books(codec: EnCodec, clips: list[Tensor], books: int) -> list[tuple[Tens
         tokens = codec.encode(clip[None], books=books)
         bits = tokens.numel() * log2(codec.vocab_size)
         made.append((codec.decode(tokens)[0], int(-(-bits // 8))))
+    return made
+
+
+@torch.no_grad()
+def by_diffusion(codec: EnCodec, decoder: TokenDiffusionDecoder, clips: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """Decode all codes by diffusion, second by second, with the bytes that they take."""
+    (frames, _), made = decoder.discrete.token_shape(decoder.image_size), []
+    for number, (clip, (_, size)) in enumerate(zip(clips, by_books(codec, clips, codec.depth), strict=True)):
+        tokens = codec.encode(clip[None])[0]
+        whole = F.pad(tokens, (0, 0, 0, -len(tokens) % frames)).unflatten(0, (-1, frames))
+        decoded = decoder.decode(whole, seed=number)
+        made.append((decoded.movedim(0, 1).flatten(1)[:, : clip.shape[1]], size))
     return made
 
 
@@ -235,7 +249,7 @@ def real_pairs(root: Path, count: int) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def spoken(generator: DelayedAutoregressive, texts: list[str], seed: int) -> Tensor:
+def spoken(generator: DelayedAutoregressive | Autoregressive, texts: list[str], seed: int) -> Tensor:
     """Draw a clip of each text, `(N, 2 * SLOT)`."""
     tokens = generator.sample(generator.condition_of_texts(texts), seed=seed)
     return generator.tokenizer.decode(tokens)[:, 0, : 2 * SLOT]
@@ -275,6 +289,10 @@ def main() -> None:
         made = by_books(codec, clips, books)
         rows.append(row(f"EnCodec, {books} of {codec.depth} books", clips, made))
         pictures[rows[-1].name] = made[2][0]
+    decoder = cast(TokenDiffusionDecoder, load(given.runs / "decoder/checkpoints/last.ckpt"))
+    made = by_diffusion(codec, decoder, clips)
+    rows.append(row(f"the same {codec.depth} books, decoded by diffusion", clips, made))
+    pictures[rows[-1].name] = made[2][0]
     for name, code in CLASSICAL.items():
         made = classical(clips, code)
         rows.append(row(name, clips, made))
@@ -299,19 +317,20 @@ def main() -> None:
         *("| clips | words recognised |", "| :-- | --: |"),
         *(f"| recordings | {share:.1%} |", f"| recordings through the codec | {through:.1%} |"),
     ]
-    generator = cast(DelayedAutoregressive, load(given.runs / "speech/checkpoints/last.ckpt"))
-    drawn = torch.cat([spoken(generator, texts[at : at + 20], at) for at in range(0, len(texts), 20)])
-    said, _ = recognised(classifier, drawn, texts)
+    pictures[f"recordings: {texts[0]}"] = real[0][None]
     others = texts[1:] + texts[:1]
-    confused, _ = recognised(classifier, drawn, others)
-    lines += [
-        f"| generated from the text | {said:.1%} |",
-        f"| the same, against the text of another clip | {confused:.1%} |",
-    ]
-    for number in range(10):
-        listen(heard, f"said_{texts[number].replace(' ', '_')}", drawn[number][None])
-    pictures[f"recordings: {texts[0]}"], pictures[f"generated: {texts[0]}"] = real[0][None], drawn[0][None]
-    pictures[f"generated: {texts[7]}"] = drawn[7][None]
+    for name, folder in GENERATORS.items():
+        generator = cast(DelayedAutoregressive | Autoregressive, load(given.runs / folder / "checkpoints/last.ckpt"))
+        drawn = torch.cat([spoken(generator, texts[at : at + 20], at) for at in range(0, len(texts), 20)])
+        said, _ = recognised(classifier, drawn, texts)
+        confused, _ = recognised(classifier, drawn, others)
+        lines += [
+            f"| {name}, from the text | {said:.1%} |",
+            f"| {name}, against the text of another clip | {confused:.1%} |",
+        ]
+        for number in range(10):
+            listen(heard / folder, f"said_{texts[number].replace(' ', '_')}", drawn[number][None])
+        pictures[f"{name}: {texts[0]}"] = drawn[0][None]
     draw(pictures, given.output / "audio.png")
     lines += ["", f"{processor_minutes() - begun:.1f} minutes of processor.", "", "![Spectrograms](audio.png)", ""]
     (given.output / "audio.md").write_text("\n".join(lines))
