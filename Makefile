@@ -269,12 +269,10 @@ $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json: $(
 		$(AUDIO)/codec/finished $(AUDIO)/words/train/manifest.json $(AUDIO)/words/test/manifest.json
 	$(LIT) tokenize --config $(AUDIO_CONFIGS)/tokens.yaml --split $* --output $(@D)
 
-learned-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/speech_rq/finished $(AUDIO)/decoder/finished $(AUDIO)/evaluation/report.md
+learned-audio: $(AUDIO)/speech/samples/samples.npz $(AUDIO)/decoder/finished $(AUDIO)/evaluation/report.md
 
-SAID := $(AUDIO)/speech/finished $(AUDIO)/speech_rq/finished
-
-$(SAID): $(AUDIO)/%/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json $(AUDIO)/words.json
-	$(LIT) fit --config $(AUDIO_CONFIGS)/$*.yaml --ckpt_path last
+$(AUDIO)/speech/finished: $(AUDIO)/tokens/train/manifest.json $(AUDIO)/tokens/validation/manifest.json $(AUDIO)/words.json
+	$(LIT) fit --config $(AUDIO_CONFIGS)/speech.yaml --ckpt_path last
 	@touch $@
 
 $(AUDIO)/decoder/finished: $(AUDIO)/codec/finished
