@@ -30,7 +30,7 @@ def recipe(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (["imagenet", "validation"], ["--ground_truth", "LOC_val_solution.csv"]),
         (["folder"], ["--classes_from", "as much disk", "run the same command again"]),
         (["tuxpaint"], ["apt-get install tuxpaint-stamps-default", "161 MB"]),
-        (["digits"], ["pip install scikit-learn", "20 seconds"]),
+        (["digits"], ["pip install scikit-learn", "5 seconds"]),
         (["emoji"], ["npm pack emoji-datasource-google", "Apache-2.0"]),
         (["fashion_mnist"], ["apt-get install dataset-fashion-mnist", "31 MB"]),
     ],
