@@ -262,7 +262,7 @@ def draw(pictures: dict[str, Tensor], path: Path) -> None:
     for number, (name, image) in enumerate(images):
         ImageDraw.Draw(sheet).text((2, number * high + 3), name, fill=0)
         sheet.paste(Image.fromarray(image), (0, number * high + 18))
-    sheet.save(path)
+    sheet.quantize(16).save(path, optimize=True)
 
 
 def listen(folder: Path, name: str, clip: Tensor) -> None:
@@ -298,7 +298,7 @@ def main() -> None:
         if name.startswith(("AMR-NB, 4", "GSM")):
             pictures[name] = made[2][0]
     for name, clip in pictures.items():
-        listen(heard, name.replace(" ", "_").replace(",", ""), clip)
+        listen(heard, name.replace(" ", "_").replace(",", "").replace("/", "_per_"), clip)
     lines = [
         *("# Audio: a codec of speech, and words from text", ""),
         f"`python docs/experiments/audio.py`, {stamp()}.",
