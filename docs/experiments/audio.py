@@ -1,6 +1,7 @@
 """The codec and the speech of lightning_configs/quickstart_audio: against classical codecs, and heard by a classifier.
 
     python docs/experiments/audio.py
+    python docs/experiments/audio.py --choose    # settings of the sampler, on pairs of training
 
 after the commands of quickstart_audio, in the order of docs/audio.md. Writes audio.md, audio.png (spectrograms) and, to
 listen to, runs/quickstart_audio/listen. Needs the extras `audio` and `video` (PyAV's encoders are the classical
@@ -41,11 +42,14 @@ from discrete_lit.data.sources.spoken_digits import SLOT, at_speed
 from discrete_lit.data.sources.spoken_prompts import DIGITS
 from discrete_lit.generators import DelayedAutoregressive, TokenDiffusionDecoder
 from discrete_lit.metrics.spectral import MultiScaleSpectralDistance, mel_spectrum, si_snr, spectrogram_image
+from discrete_lit.samplers import DelaySampler
 from discrete_lit.tokenizers import EnCodec
 
 RATE, LONGEST, MOST_DELAY = 8000, 4 * 8000, 480
 WINDOWS = (64, 128, 256, 512, 1024)
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 600, 40
+# Guidance and temperature.
+SETTINGS = ((1.0, 1.0), (2.0, 0.7), (2.0, 0.5), (3.0, 0.7), (3.0, 0.5))
 
 
 @dataclass(kw_only=True)
@@ -248,10 +252,24 @@ def real_pairs(root: Path, count: int) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def spoken(generator: DelayedAutoregressive, texts: list[str], seed: int) -> Tensor:
+def spoken(
+    generator: DelayedAutoregressive, texts: list[str], seed: int, *, sampler: DelaySampler | None = None
+) -> Tensor:
     """Draw a clip of each text, `(N, 2 * SLOT)`."""
-    tokens = generator.sample(generator.condition_of_texts(texts), seed=seed)
+    tokens = generator.sample(generator.condition_of_texts(texts), sampler, seed=seed)
     return generator.tokenizer.decode(tokens)[:, 0, : 2 * SLOT]
+
+
+def choose(runs: Path, root: Path) -> None:
+    """Print how many words are recognised in 40 pairs of training, by some settings of the sampler."""
+    source, classifier = SpokenDigits(root, "train"), train_classifier(root)
+    texts = [source.captions(number)[0] for number in range(0, 800, 20)]
+    generator = cast(DelayedAutoregressive, load(runs / "speech/checkpoints/last.ckpt"))
+    print("| guidance | temperature | words recognised |\n| --: | --: | --: |")
+    for guidance, temperature in SETTINGS:
+        sampler = DelaySampler(guidance_scale=guidance, temperature=temperature)
+        share, _ = recognised(classifier, spoken(generator, texts, 1, sampler=sampler), texts)
+        print(f"| {guidance:g} | {temperature:g} | {share:.1%} |")
 
 
 def draw(pictures: dict[str, Tensor], path: Path) -> None:
@@ -278,8 +296,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=None, help="the folder of Asterisk's sounds")
     parser.add_argument("--output", type=Path, default=Path("docs/experiments"))
     parser.add_argument("--count", type=int, default=200, help="clips of held-out pairs")
+    parser.add_argument("--choose", action="store_true", help="compare settings of the sampler on pairs of training")
     given = parser.parse_args()
     root = given.root or given.runs / "package/usr/share/asterisk/sounds/en_US_f_Allison"
+    if given.choose:
+        return choose(given.runs, root)
     begun = processor_minutes()
     codec, heard = cast(EnCodec, load(given.runs / "codec/checkpoints/last.ckpt")), given.runs / "listen"
     clips = prompts(root)
