@@ -95,6 +95,8 @@ class ScaleTransformer(nn.Module):
         qk_norm: `"unit"`, or None for queries and keys as they are.
         modulated: adaLN in the blocks; the last norm has it anyway.
         level_embedding: what tells scales apart: a `"table"`, or `"waves"` of their number and an MLP.
+        place_embedding: add a learned vector of each place behind the first scale, as VAR does and HART does not. A
+            head that draws the places of a scale together needs it: it tells them apart by their hidden states alone.
         context_norm: RMSNorm of the vectors in front before they are embedded.
         norm_epsilon: of every norm.
         dropout: on the attention weights and residual branches.
@@ -124,6 +126,7 @@ class ScaleTransformer(nn.Module):
         qk_norm: Literal["unit"] | None = "unit",
         modulated: bool = True,
         level_embedding: Literal["table", "waves"] = "table",
+        place_embedding: bool = False,
         context_norm: bool = True,
         norm_epsilon: float = 1e-6,
         dropout: float = 0.0,
@@ -161,6 +164,7 @@ class ScaleTransformer(nn.Module):
         self.vector_embedding = Linear(layout.dim, width)
         levels = len(layout.sizes)
         self.level_embedding = nn.Embedding(levels, width) if level_embedding == "table" else TimeEmbedding(width)
+        self.place_embedding = nn.Embedding(sum(layout.lengths[1:]), width) if place_embedding else None
 
         settings = BlockSettings(
             width=width,
@@ -256,6 +260,8 @@ class ScaleTransformer(nn.Module):
         count = vectors.shape[1] + (0 if filled else self.starts)
         self._check_count(filled, count, vectors, places)
         embedded = self.vector_embedding(vectors.to(self.vector_embedding.weight.dtype))
+        if self.place_embedding is not None:
+            embedded = embedded + self.place_embedding(self._numbers(filled, vectors.shape[1], places))
         if not filled:
             embedded = torch.cat((start.elements.to(embedded.dtype), embedded), dim=1)
         embedded = embedded + self._levels(filled, count, places)
@@ -335,6 +341,16 @@ class ScaleTransformer(nn.Module):
         """Embed the scale of each new element, `(count, W)`."""
         first = min(filled, self.ends[-2]) if places is not None and filled else filled
         return self.level_embedding(self.level[first : first + count])
+
+    def _numbers(self, filled: int, vectors: int, places: Tensor | None) -> Tensor:
+        """Number the places of the vectors behind the first scale, `(n,)`, or with places `(B, n)`."""
+        numbers = torch.arange(len(self.coordinates), device=self.coordinates.device)
+        first = max(filled - self.starts, 0)
+        if places is None:
+            return numbers[first : first + vectors]
+        last = len(numbers) - self.layout.lengths[-1]
+        coarse = numbers[first:last] if not filled else numbers[:0]
+        return torch.cat((coarse.expand(len(places), -1), last + places), dim=1)
 
     def _rotary(self, positions: Tensor, *, filled: int, vectors: int, places: Tensor | None) -> Tensor:
         """Make the turns of the new elements, `(B, 1, n, head_dim / 2, 4)`, as `rotate` reads them."""

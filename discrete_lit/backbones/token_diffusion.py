@@ -175,7 +175,8 @@ class TokenDiffusionHead(nn.Module):
     Args:
         dim: D, of the vectors.
         condition_width: of z.
-        width, depth, mlp, modulations, heads: of `DenoisingMLP`; with heads, M rows below are of p vectors each.
+        width, depth, mlp, modulations, heads: of `DenoisingMLP`; with heads, M rows below are of p vectors each, which
+            are `drawn_together`.
         denoiser: how the network's output is read, and the path of its noise.
         times: how times of training are drawn; uniformly by default.
         error_of: see `DenoisingLoss`.
@@ -213,13 +214,14 @@ class TokenDiffusionHead(nn.Module):
         if repeats < 1 or scale <= 0:
             raise ValueError(f"repeats must be at least 1 and scale above 0, got {repeats} and {scale}")
         self.dim = dim
+        self.drawn_together = heads is not None
         self.denoiser = denoiser or GaussianDenoiser(SteppedPath(cosine_betas()), learned_variance=True)
         self.objective = DenoisingLoss(self.denoiser, times=times, error_of=error_of)
         self.repeats = repeats
         self.solver = solver or DDPM(100)
         self.time_input: Literal["noise", "data"] = time_input
         self.scale = scale
-        self._flops: dict[int, tuple[int, int]] = {}
+        self._flops: dict[tuple[int, ...], tuple[int, int]] = {}
         outputs = 2 * dim if self.denoiser.learned_variance else dim
         self.network = DenoisingMLP(
             dim,
@@ -332,24 +334,30 @@ class TokenDiffusionHead(nn.Module):
         """Give the modules that FSDP gathers one after another: the head is small, and gathered at once."""
         return ()
 
-    def flops(self, rows: int, solver: Solver) -> int:
+    def flops(self, rows: int, solver: Solver, *, together: int | None = None) -> int:
         """Count the floating-point operations of a draw of so many rows, the null ones among them.
 
         The embedding of the times is left out: it is the same for all rows of all draws.
+
+        Args:
+            rows: M.
+            solver: which draws.
+            together: p, vectors of each row; none of a head that draws each vector by itself.
         """
-        if rows not in self._flops:
+        shape = (rows,) if together is None else (rows, together)
+        if shape not in self._flops:
 
             def evaluate(network: DenoisingMLP) -> Callable[[], object]:
-                projected = network.output.weight.new_zeros(rows, network.output.in_features)
-                x = projected.new_zeros(rows, self.dim)
-                return partial(network.denoise, x, projected[:1], projected, embedded=True)
+                projected = network.output.weight.new_zeros(*shape, network.output.in_features)
+                x, time = projected.new_zeros(*shape, self.dim), projected.new_zeros(1, projected.shape[-1])
+                return partial(network.denoise, x, time, projected, embedded=True)
 
             def project(network: DenoisingMLP) -> Callable[[], object]:
                 layer = network.condition_projection
-                return partial(layer, layer.weight.new_zeros(rows, layer.in_features))
+                return partial(layer, layer.weight.new_zeros(*shape, layer.in_features))
 
-            self._flops[rows] = count_flops(self.network, evaluate), count_flops(self.network, project)
-        evaluation, projection = self._flops[rows]
+            self._flops[shape] = count_flops(self.network, evaluate), count_flops(self.network, project)
+        evaluation, projection = self._flops[shape]
         return solver.evaluations * evaluation + projection
 
     def _network_time(self, t: Tensor | float, like: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 model for each place given its hidden state and its id. It is published for text; classes are a choice of this project.
 
 `ContinuousNextScale` has VAR's layout and no ids: each scale holds what those before it leave of the latents, averaged
-to its size, and the same small model draws its vectors. No paper has it in this form; FlowAR (2024) is its nearest kin.
+to its size, and the same small model draws its vectors, each by itself or, with attention, those of a scale together.
+No paper has it in this form; FlowAR (2024), which draws whole scales, is its nearest kin.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -125,6 +126,8 @@ class HybridNextScale(LatentGenerator):
         self.lengths = layout.lengths
         self.backbone = backbone(layout)
         self.head = head(layout.dim, self.backbone.width)
+        if self.head.drawn_together:
+            raise ValueError("the head's heads attend among the places of a scale, of which training keeps a part here")
         self.drop_schedule = self.step_schedule = drop_schedule or TruncatedNormalSchedule(lowest=0.5)
         self.least_kept = least_kept
         self.drawn_ids = drawn_ids
@@ -328,13 +331,18 @@ class HybridPyramid(ScalePyramid):
 class ContinuousNextScale(LatentGenerator):
     """Predict the vectors of each scale from the scales before it, each place by a small diffusion model.
 
-    Scale k holds what the scales before it leave of the latents, averaged to its size (`VectorPyramid`). The places of
-    a scale are independent of one another given the scales before. The loss is the head's, the mean over all places.
+    Scale k holds what the scales before it leave of the latents, averaged to its size (`VectorPyramid`). The loss is
+    the head's, the mean over all places.
+
+    A head with `heads` draws the places of a scale together, by attention among them, as FlowAR does; set the
+    backbone's `place_embedding`. Without, they are independent of one another given the scales before. That is wrong of
+    latents: of what is left at a scale, the averages over the places of those before are known, and places that are
+    drawn by themselves do not keep them.
 
     Args:
         tokenizer, image_size, num_classes: as of `LatentGenerator`.
         backbone: called with the layout of the scales.
-        head: called with D and the width of the hidden states.
+        head: called with D and the width of the hidden states; with `heads` it draws a scale at once.
         scales: in growing order, from 1 to the latents' grid: sides of squares, or `[height, width]` each.
         deviations: of the vectors of each scale, which are divided by it; 1 by default. A first batch that has others
             is refused with those that it has.
@@ -403,8 +411,25 @@ class ContinuousNextScale(LatentGenerator):
         hidden = self.backbone(inputs, condition).hidden
         places = torch.arange(vectors.shape[1], device=data.device).expand(len(data), -1)
         z = self.backbone.head_condition(hidden)
-        terms = head_losses(self.head, z, vectors, places, random, length=vectors.shape[1])
+        if self.head.drawn_together:
+            terms = self._losses_of_scales(z, vectors, random)
+        else:
+            terms = head_losses(self.head, z, vectors, places, random, length=vectors.shape[1])
         return LatentLosses(terms, self.scale_coordinates.expand(places.shape))
+
+    def _losses_of_scales(self, z: Tensor, vectors: Tensor, random: CounterRandom) -> dict[str, Tensor]:
+        """The terms of a head that draws whole scales, `(B, N)` each; a scale of a sample has one time."""
+        repeats, (batch, count, dim) = self.head.repeats, vectors.shape
+        uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * len(self.lengths)).view(batch, repeats, -1)
+        noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * count * dim).to(vectors.dtype)
+        noise = rearrange(noise, "b (r n d) -> r b n d", r=repeats, n=count).split(self.lengths, dim=2)
+        parts = zip(z.split(self.lengths, dim=1), vectors.split(self.lengths, dim=1), strict=True)
+        terms: dict[str, list[Tensor]] = {}
+        for number, (states, data) in enumerate(parts):
+            of_scale = self.head.losses(states, data, uniforms=uniforms[..., number].T, noise=noise[number])
+            for name, term in of_scale.items():
+                terms.setdefault(name, []).append(term[:, None].expand(-1, self.lengths[number]))
+        return {name: torch.cat(of_scales, dim=1) for name, of_scales in terms.items()}
 
     def log_likelihood(
         self, latents: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None

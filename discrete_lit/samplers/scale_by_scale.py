@@ -7,7 +7,7 @@ vectors too: HART's residuals of the last scale (Tang et al., "HART", 2024), or 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -149,7 +149,8 @@ class HybridScaleSampler:
     """Sample ids scale by scale, and at the last scale vectors too, each by the head (HART, 2024, section 3.2).
 
     The latents are f_hat of the scales before the last, and at the last the codes of the ids plus the residual that the
-    head draws given the hidden state and the id. Without ids, of `ContinuousNextScale`, the head draws all scales.
+    head draws given the hidden state and the id. Without ids, of `ContinuousNextScale`, the head draws all scales: the
+    places of a scale by themselves, or together where it attends among them.
 
     Args:
         guidance_scale: s of `uncond + s (cond - uncond)`, of the logits and of what the head predicts; 1 is off.
@@ -166,7 +167,8 @@ class HybridScaleSampler:
         solver: of the head; its own by default.
 
     Raises:
-        ValueError: a setting out of its range; in use, top_k for another number of scales, or more steps than places.
+        ValueError: a setting out of its range; in use, top_k for another number of scales, more steps than places, or
+            more than one for a head that draws all places of a scale together.
     """
 
     def __init__(
@@ -229,6 +231,8 @@ class HybridScaleSampler:
             raise ValueError(f"top_k has {len(self.top_k)} numbers for {len(lengths)} scales")
         if self.last_steps > lengths[-1]:
             raise ValueError(f"last_steps={self.last_steps} exceeds the {lengths[-1]} places of the last scale")
+        if self.last_steps > 1 and head.drawn_together:
+            raise ValueError(f"last_steps={self.last_steps} draws parts of a scale, and this head draws whole ones")
         drawing = _ScaleDrawing(self, cast_once(network), head=cast_once(head), condition=condition, random=random)
         with evaluation_mode(network), evaluation_mode(head), checked_at_the_end():
             tokens: list[Tensor] = []
@@ -245,10 +249,25 @@ class HybridScaleSampler:
         return ScaleVectors(
             latents=f_hat,
             tokens=torch.cat(tokens, dim=1) if tokens else None,
-            network_calls=sum(evaluations for evaluations, *_ in drawing.passes),
+            network_calls=sum(made.evaluations for made in drawing.passes),
             sequential_passes=len(drawing.passes),
             count_flops=partial(_flops_of_scales, network, head, drawing.passes, self.solver or head.solver),
         )
+
+
+class _Pass(NamedTuple):
+    """A pass of the network, and what the head draws behind it."""
+
+    evaluations: int
+    """For each image."""
+    vectors: int
+    """That are read."""
+    filled: int
+    """Elements in the cache before."""
+    drawn: int
+    """Places that the head draws."""
+    halves: int
+    """Rows of each of them: 2 with guidance."""
 
 
 class _ScaleDrawing:
@@ -275,8 +294,7 @@ class _ScaleDrawing:
         self.dtype = next(network.parameters()).dtype
         self.uniforms = random.uniform(Purpose.TOKEN, sum(layout.lengths)).split(layout.lengths, dim=1)
         self.solver = sampler.solver or head.solver
-        # Evaluations for each image, vectors read, elements in the cache before, places that the head draws.
-        self.passes: list[tuple[int, int, int, int]] = []
+        self.passes: list[_Pass] = []
         self.draws = 0
 
     def scale(self, number: int, inputs: Tensor | None, pyramid: ScalePyramid) -> tuple[Tensor | None, Tensor | None]:
@@ -320,14 +338,13 @@ class _ScaleDrawing:
             uniforms = self.uniforms[number] if places is None else self.uniforms[number].gather(1, places)
             top_k = self.sampler.top_k[number] if isinstance(self.sampler.top_k, list) else self.sampler.top_k
             ids, _ = draw_filtered(logits / self.sampler.temperature, uniforms, top_k, self.sampler.top_p)
-        drawn = 0
+        drawn, guided = 0, guide_by != 1
         if pyramid.draws_vectors(number):
             drawn = count
-            guided = guide_by != 1
             hidden = states.hidden if guided else states.hidden[: self.batch]
             codes = None if ids is None else pyramid.codes(ids).repeat(1 + guided, 1, 1)
             vectors = self.draw_vectors(self.network.head_condition(hidden, codes), guide_by)
-        self.passes.append((evaluations, inputs.shape[1], filled, drawn * (1 + (guide_by != 1))))
+        self.passes.append(_Pass(evaluations, inputs.shape[1], filled, drawn, 1 + guided))
         return ids, vectors
 
     def draw_vectors(self, z: Tensor, guide_by: float) -> Tensor:
@@ -335,22 +352,26 @@ class _ScaleDrawing:
         count, dim, first = z.shape[1], self.head.dim, self.draws
         self.draws += self.solver.steps + 1
 
+        def rows(values: Tensor) -> Tensor:
+            return values if self.head.drawn_together else values.flatten(0, 1)
+
         def noise(number: int) -> Tensor:
             numbers = self.random.normal(Purpose.LATENT_NOISE, count * dim, first + number)
-            return numbers.to(self.dtype).view(self.batch * count, dim)
+            return rows(numbers.to(self.dtype).view(self.batch, count, dim))
 
         vectors = self.head.sample(
-            z.flatten(0, 1), noise(0), noise=lambda i: noise(i + 1), guidance_scale=guide_by, solver=self.solver
+            rows(z), noise(0), noise=lambda i: noise(i + 1), guidance_scale=guide_by, solver=self.solver
         )
         return vectors.view(self.batch, count, dim)
 
 
-def _flops_of_scales(
-    network: ScaleTransformer, head: TokenDiffusionHead, passes: list[tuple[int, int, int, int]], solver: Solver
-) -> int:
+def _flops_of_scales(network: ScaleTransformer, head: TokenDiffusionHead, passes: list[_Pass], solver: Solver) -> int:
     """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
     total = 0
-    for evaluations, vectors, filled, drawn in passes:
-        total += network.flops(evaluations, vectors, filled)
-        total += head.flops(drawn, solver) if drawn else 0
+    for made in passes:
+        total += network.flops(made.evaluations, made.vectors, made.filled)
+        if made.drawn and head.drawn_together:
+            total += head.flops(made.halves, solver, together=made.drawn)
+        elif made.drawn:
+            total += head.flops(made.halves * made.drawn, solver)
     return total

@@ -380,6 +380,82 @@ def continuous(scales: Any = (1, 2, 4), **settings: Any) -> ContinuousNextScale:
     return made.eval()
 
 
+def joint_network(layout: ScaleLayout) -> ScaleTransformer:
+    return ScaleTransformer(layout, width=16, depth=2, heads=2, mlp_hidden=16, place_embedding=True)
+
+
+def joint_head(dim: int, width: int) -> TokenDiffusionHead:
+    return TokenDiffusionHead(dim, width, width=16, depth=1, heads=2, repeats=2, solver=DDPM(3))
+
+
+@pytest.mark.parametrize(("head", "together"), [(joint_head, True), (small_head, False)])
+def test_the_places_of_a_scale_are_drawn_together_or_by_themselves(head: Any, together: bool) -> None:
+    """The first noise of the last scale is changed at one place."""
+    made = continuous(backbone=joint_network, head=head)
+    labels, random = torch.tensor([0, 1]), CounterRandom(0, torch.arange(2))
+
+    class Changed(CounterRandom):
+        def normal(self, purpose: Purpose, count: int, block: int = 0) -> torch.Tensor:
+            numbers = super().normal(purpose, count, block)
+            if count == 16 * 3 and block == 2 * 4:  # behind the four draws of each of the scales before
+                numbers = numbers.clone()
+                numbers[:, :3] += 1
+            return numbers
+
+    first, second = (made.draw(labels, each).tokens for each in (random, Changed(0, torch.arange(2))))
+    moved = (first - second).abs().amax(dim=1) > 1e-6
+    assert moved.flatten(1).sum(dim=1).tolist() == ([16, 16] if together else [1, 1])
+
+
+def test_a_head_that_draws_whole_scales_costs_each_scale_at_one_time() -> None:
+    made = continuous(backbone=joint_network, head=joint_head).train()
+    latents = batch(4)[0]
+    terms = made.losses(latents, torch.zeros(5, dtype=torch.int64), CounterRandom(0, torch.arange(5)))
+    assert terms.coordinate.shape == (5, 21)
+    for term in terms.terms.values():
+        assert term.shape == (5, 21)
+        for part in term.split([1, 4, 16], dim=1):
+            torch.testing.assert_close(part, part[:, :1].expand_as(part))
+    sum(term.sum() for term in terms.terms.values()).backward()  # type: ignore[union-attr]
+    assert made.backbone.place_embedding is not None
+    gradient = made.backbone.place_embedding.weight.grad
+    assert gradient is not None and bool((gradient.abs().sum(dim=1) > 0).all())
+
+
+def test_a_head_that_draws_whole_scales_counts_its_attention() -> None:
+    made = continuous(backbone=joint_network, head=joint_head)
+    output = made.draw(torch.tensor([0]), CounterRandom(0, torch.tensor([0])), HybridScaleSampler(guidance_scale=2.0))
+    halves = [1, 2, 2]  # the first scale is not guided
+    expected = sum(
+        made.backbone.flops(2, read, filled) + made.head.flops(rows, DDPM(3), together=drawn)
+        for rows, (read, filled, drawn) in zip(halves, [(0, 0, 1), (4, 1, 4), (16, 5, 16)], strict=True)
+    )
+    assert output.flops == expected
+    assert made.head.flops(1, DDPM(3), together=16) > continuous(backbone=joint_network).head.flops(16, DDPM(3))
+
+
+def test_what_draws_whole_scales_is_refused_where_parts_are_drawn() -> None:
+    made = continuous(backbone=joint_network, head=joint_head)
+    with pytest.raises(ValueError, match="last_steps=2 draws parts of a scale"):
+        made.draw(torch.tensor([0]), CounterRandom(0, torch.tensor([0])), HybridScaleSampler(last_steps=2))
+    with pytest.raises(ValueError, match="of which training keeps a part here"):
+        HybridNextScale(tokenizer(), 8, num_classes=2, backbone=small_network, head=joint_head)
+
+
+@torch.no_grad()
+def test_a_place_has_its_vector_whatever_part_of_the_last_scale_is_read() -> None:
+    made = continuous(backbone=joint_network)
+    _, inputs = made.pyramid.split(batch(4)[0])
+    places = torch.tensor([[1, 4, 11]]).expand(5, -1)
+    some = torch.cat((inputs[:, :4], inputs[:, 4:].gather(1, places[..., None].expand(-1, -1, 3))), dim=1)
+    network, labels = made.backbone, torch.zeros(5, dtype=torch.int64)
+    assert network._numbers(0, 7, places)[0].tolist() == [0, 1, 2, 3, 5, 8, 15]
+    assert network._numbers(5, 3, places)[0].tolist() == [5, 8, 15]
+    assert network._numbers(1, 4, None).tolist() == [0, 1, 2, 3]
+    whole, part = network(inputs, labels).hidden, network(some, labels, places=places).hidden
+    torch.testing.assert_close(whole[:, :5], part[:, :5])
+
+
 def test_scales_add_up_to_the_latents() -> None:
     latents = batch(4)[0]
     pyramid = VectorPyramid([1, (2, 2), 4])
