@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -340,13 +340,16 @@ $(NAMED)/transfusion/finished: $(NAMED)/words.json $(NAMED)/shards/combinations/
 COMPARED := $(RUNS)/comparison
 BATCHES := 340
 BATCH_SIZE := 64
-ON_FSQ := masked autoregressive rar
-ON_LFQ := bar maskbit
+ON_FSQ := masked autoregressive rar uniform
+ON_LFQ := bar maskbit binary_flow
 ON_SCALES := next_scale
-ON_LATENTS := mar dit
-ON_BOTH := discon
+ON_HYBRID := hart
+ON_LATENTS := mar dit causal_mar xar tokenbridge continuous_next_scale
+ON_BOTH := discon mixar
 # In turn: what another waits for, then what takes longest, so that at the end no processor waits for the other.
-FAMILIES := masked $(ON_BOTH) $(ON_SCALES) $(ON_LATENTS) maskbit bar rar autoregressive
+FAMILIES := masked discon next_scale mar dit maskbit bar rar autoregressive
+# Those that it leaves out for its time: `make comparison-further` has them, with one seed.
+FURTHER := mixar hart continuous_next_scale xar causal_mar binary_flow tokenbridge uniform
 SAMPLERS := halton titok random_order
 COMPARED_SEEDS := 0 $(SEEDS)
 
@@ -359,6 +362,16 @@ comparison: ## train all families of generators on one backbone, with three seed
 DRAWN := $(foreach family,$(FAMILIES),$(COMPARED_SEEDS:%=$(COMPARED)/seed_%/$(family)/samples.npz))
 
 drawn: $(DRAWN) $(CLASSIFIERS)
+
+comparison-further: ## train the families that it leaves out, with one seed, and compare them
+	$(MAKE) --jobs 2 drawn-further OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(COMPARED)/further/report.md OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	@echo
+	@cat $(COMPARED)/further/report.md
+
+DRAWN_FURTHER := $(FURTHER:%=$(COMPARED)/seed_0/%/samples.npz)
+
+drawn-further: $(DRAWN_FURTHER) $(CLASSIFIERS)
 
 comparison-samplers: ## draw from its masked generators by four samplers, and compare these
 	$(MAKE) --jobs 2 drawn-otherwise OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
@@ -376,18 +389,20 @@ $(ON_FSQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens/%/manife
 $(ON_LFQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
 $(ON_SCALES:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
 $(ON_LATENTS:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json)
+$(ON_HYBRID:%=$(COMPARED)/seed_$(1)/%/finished): $(RUNS)/tokenizer_hybrid/finished
 $(ON_BOTH:%=$(COMPARED)/seed_$(1)/%/finished): $(RUNS)/tokenizer_kl/scaled.ckpt $(COMPARED)/seed_$(1)/masked/finished
 $(ON_BOTH:%=$(COMPARED)/seed_$(1)/%/finished): private GIVEN := \
 	--model.init_args.discrete.init_args.checkpoint $(COMPARED)/seed_$(1)/masked/checkpoints/last.ckpt
+$(COMPARED)/seed_$(1)/mixar/finished: private OVER := --config $(CONFIGS)/discon.yaml
 
-$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished:
-	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+$(patsubst %,$(COMPARED)/seed_$(1)/%/finished,$(FAMILIES) $(FURTHER)): $(COMPARED)/seed_$(1)/%/finished:
+	$$(LIT) fit $$(OVER) --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
 		--trainer.max_steps $(BATCHES) --trainer.limit_val_batches 0 --data.init_args.batch_size $(BATCH_SIZE) \
 		--model.init_args.scheduler.init_args.total_steps $(BATCHES) \
 		--run_dir $$(@D) $$(GIVEN) --ckpt_path last
 	@touch $$@
 
-$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/samples.npz): $(COMPARED)/seed_$(1)/%/samples.npz: $(COMPARED)/seed_$(1)/%/finished
+$(patsubst %,$(COMPARED)/seed_$(1)/%/samples.npz,$(FAMILIES) $(FURTHER)): $(COMPARED)/seed_$(1)/%/samples.npz: $(COMPARED)/seed_$(1)/%/finished
 	$$(LIT) sample --config $(CONFIGS)/sample.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
 
 $(SAMPLERS:%=$(COMPARED)/seed_$(1)/masked_%/samples.npz): $(COMPARED)/seed_$(1)/masked_%/samples.npz: \
@@ -414,6 +429,9 @@ $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
 
 $(COMPARED)/samplers/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN_OTHERWISE)
 	$(LIT) evaluate --config $(CONFIGS)/comparison_samplers.yaml --devices 2
+
+$(COMPARED)/further/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN_FURTHER)
+	$(LIT) evaluate --config $(CONFIGS)/comparison_further.yaml --devices 2
 
 # A pipeline: shards, classifiers, tokenizers, their tokens, generators on these, samples. $(1) is the folder of its
 # runs, which its recipes name too, and $(2) that of its recipes.

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.recipe_files import make_commands, read
+from helpers.recipe_files import layered, make_commands, read
 
 FOLDER = "lightning_configs/quickstart"
 COMPARISON = read(f"{FOLDER}/comparison.yaml")
+FURTHER = read(f"{FOLDER}/comparison_further.yaml")
 # The recipe of a run is named after its folder.
 GENERATORS = sorted({Path(path).parents[1].name for paths in COMPARISON["likelihoods"].values() for path in paths})
 # Generators of latents have no likelihood in the table; `test_comparison_of_latents.py` has their tests.
 WITH_LIKELIHOOD = {name: paths for name, paths in COMPARISON["samples"].items() if "latents" not in name}
 TOKENIZERS = sorted({Path(path).parts[2] for path in COMPARISON["reconstructions"].values()})
+
+# The recipes that `make comparison` leaves out.
+OTHERS = sorted(Path(path).parent.name for path in FURTHER["samples"].values())
 
 
 def sizes_and_training(name: str) -> dict[str, Any]:
@@ -102,3 +106,59 @@ def test_the_samplers_are_compared_on_the_masked_generators(tmp_path: Path) -> N
     }
     trained = [step for step in steps if step.startswith("fit") and "/comparison/" in step]
     assert len(trained) == 3 and all("quickstart/masked.yaml" in step for step in trained)
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The commands of `make comparison-further`."""
+    return make_commands(tmp_path_factory.mktemp("make") / "runs", "comparison/further/report.md")
+
+
+def test_the_further_families_are_measured_as_the_others_are() -> None:
+    alone = {"samples", "reconstructions", "likelihoods", "output"}
+    assert {key: value for key, value in FURTHER.items() if key not in alone} == {
+        key: value for key, value in COMPARISON.items() if key not in alone
+    }
+    known = {name: path for name, path in FURTHER["reconstructions"].items() if name != "hybrid tokenizer"}
+    assert known.items() <= COMPARISON["reconstructions"].items()
+    assert not set(OTHERS) & {Path(path).parent.name for paths in COMPARISON["samples"].values() for path in paths}
+    for name, path in FURTHER["likelihoods"].items():
+        assert Path(path).parents[1] == Path(FURTHER["samples"][name]).parent
+
+
+def test_make_makes_every_file_of_the_further_families(further: list[str]) -> None:
+    assert further[-1] == f"evaluate --config {FOLDER}/comparison_further.yaml --devices 2"
+    made = made_by(further)
+    for path in (*FURTHER["samples"].values(), *FURTHER["likelihoods"].values(), *FURTHER["reconstructions"].values()):
+        assert path.removesuffix("/samples.npz").removesuffix("/checkpoints/last.ckpt") in made
+
+
+def test_the_further_families_see_the_batches_of_the_others(steps: list[str], further: list[str]) -> None:
+    """One seed, the batches, their size and the schedule's length as `make comparison` gives them."""
+
+    def given(step: str) -> list[str]:
+        return re.findall(r"--(?:seed_everything|\S+\.seed|\S+batch_size|\S+_steps|trainer\.limit\S+) \S+", step)
+
+    (first,) = [given(step) for step in steps if "/comparison/seed_0/masked " in step and step.startswith("fit")]
+    trained = [step for step in further if step.startswith("fit") and "/comparison/seed_" in step]
+    assert {re.search(r"/seed_0/(\w+)", step)[1] for step in trained} == {"masked", *OTHERS}  # type: ignore[index]
+    assert all(given(step) == first for step in trained) and len(first) == 7
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_further_families_have_the_width_and_the_depth_of_the_others(name: str) -> None:
+    settings = layered(f"{FOLDER}/{name}.yaml")
+    model, of_masked = settings["model"]["init_args"], read(f"{FOLDER}/masked.yaml")["model"]["init_args"]
+    assert model["optimizer"] == of_masked["optimizer"]
+    backbone, wanted = model["backbone"]["init_args"], of_masked["backbone"]["init_args"]
+    stacks = 2 if model["backbone"]["class_path"] in ("MaskedAutoencoder", "CellTransformer") else 1
+    assert stacks * backbone["depth"] == wanted["depth"]
+    assert (backbone["width"], backbone["heads"]) == (wanted["width"], wanted["heads"])
+
+
+def test_mixar_is_given_the_masked_generator_of_its_seed(further: list[str]) -> None:
+    (mixar,) = [step for step in further if "mixar.yaml" in step]
+    given = (
+        "--model.init_args.discrete.init_args.checkpoint runs/quickstart/comparison/seed_0/masked/checkpoints/last.ckpt"
+    )
+    assert f"--config {FOLDER}/discon.yaml --config {FOLDER}/mixar.yaml" in mixar and given in mixar
