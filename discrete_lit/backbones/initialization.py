@@ -145,7 +145,8 @@ def initialise(
         gates: what the gates among the modulations of `"var"` and `"ibq"` are multiplied by; 1e-3 by default, as in
             VAR-d16, VAR-d20 and IBQ. VAR-d24 has 1e-4, VAR-d30 1e-5, VAR-d36 5e-6 (`alng` of its commands).
         zero_outputs: begin with output layers of residual branches and logits of 0 instead (Zhang, Dauphin and Ma,
-            "Fixup Initialization", 2019).
+            "Fixup Initialization", 2019). The output layer of a branch whose gate begins with 0 is left as the scheme
+            has it: where both are 0, neither is ever given a gradient, and the branch is never trained.
 
     Raises:
         ValueError: a scheme that is not known, or gates where it has none.
@@ -159,11 +160,12 @@ def initialise(
             raise ValueError(f"initial_gates={gates} needs conditioning='adaln' or 'prefix_adaln'")
     scheme = _SCHEMES[kind] if gates is None else replace(_SCHEMES[kind], gates=gates)
     width, scales = network.width, network.layout.scales
+    gated = network.modulated and not scheme.gates  # by gates of 0
     linear = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.Linear)}
     for name, weight in _begun(network):
         residual = name.endswith(_RESIDUAL)
         divisor = (2 * network.depth) ** 0.5 if residual and scheme.small_residuals else 1.0
-        if zero_outputs and (residual or name == "head.project.weight"):
+        if zero_outputs and ((residual and not gated) or name == "head.project.weight"):
             nn.init.zeros_(weight)
         elif "modulation" in name:
             _modulation(name, weight, scheme, width)

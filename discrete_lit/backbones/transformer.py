@@ -178,7 +178,7 @@ class Transformer(Backbone):
             `discrete_lit.backbones.initialization.initialise`.
         initial_gates: of `initialization="var"` and `"ibq"`, how small the gates of the modulations begin.
         zero_outputs: the last layer of every residual branch and the head are 0 at the start (Zhang, Dauphin and Ma,
-            "Fixup Initialization", 2019), where GPT-2's are small.
+            "Fixup Initialization", 2019), where GPT-2's are small. Of branches with a gate of 0 it is the head alone.
         visible_start: elements at the beginning of a causal sequence, the class among them, that see each other both
             ways, as far as there are so many (taming's `n_unmasked`). A pass over the whole sequence then shows the
             first of them what they predict, as it did in the training of such models; samplers and likelihoods go on

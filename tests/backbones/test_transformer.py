@@ -341,6 +341,24 @@ def test_digits_and_an_added_class_that_do_not_fit(settings, message: str) -> No
         Transformer(layout, width=16, depth=1, heads=2, **settings)
 
 
+@pytest.mark.parametrize("initialization", ["gpt2", "sedd"])
+def test_branches_that_begin_at_zero_are_trained_behind_a_gate_too(make_backbone, initialization: str) -> None:
+    """A branch whose gate and last layer were both 0 would stand still for ever."""
+    settings = {**QUICK, "conditioning": "adaln", "zero_outputs": True, "initialization": initialization}
+    backbone = make_backbone("bidirectional", vocab_size=6, spread=None, **settings).train()
+    tokens = ids(6, 6)
+    begun = {name: parameter.detach().clone() for name, parameter in backbone.blocks.named_parameters()}
+    assert torch.equal(backbone(tokens, LABELS), torch.zeros(2, 6, 6))
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(backbone(tokens, LABELS).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    moved = {name for name, parameter in backbone.blocks.named_parameters() if not torch.equal(begun[name], parameter)}
+    assert any(name.endswith("query_key_value.weight") for name in moved)
+    assert any(name.endswith("contract.weight") for name in moved)
+
+
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_outputs_that_begin_at_zero(make_backbone, attention: str) -> None:
     """All ids are equally probable, whatever the input, and every weight is trained after two steps."""
