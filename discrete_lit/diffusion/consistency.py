@@ -45,6 +45,9 @@ class ConsistencyLoss:
             2024, section 3.4).
         doubling_steps: training steps until N is `intervals`.
         huber: c of the distance sqrt(|a - b|^2 + c^2) - c, over the root of the number of dimensions, > 0.
+        distance_of: the data that both points lead to, or the network's prediction, which is this difference over
+            |df / d prediction|, sigma / (alpha^2 + sigma^2) of v: small where there is little noise, so that the data
+            hardly teach what is predicted there, on which every later time is built.
         solver: of a teacher's ODE: one evaluation of the teacher in a step, or two, for second order (the paper's).
 
     Raises:
@@ -59,6 +62,7 @@ class ConsistencyLoss:
         first_intervals: int = 10,
         doubling_steps: int = 100_000,
         huber: float = 0.00054,
+        distance_of: Literal["data", "prediction"] = "data",
         solver: Literal["euler", "heun"] = "heun",
     ) -> None:
         if not 1 <= first_intervals <= intervals:
@@ -69,6 +73,8 @@ class ConsistencyLoss:
             raise ValueError(
                 f"doubling_steps must be at least 0 and huber above 0, got {doubling_steps} and huber={huber}"
             )
+        if distance_of not in ("data", "prediction"):
+            raise ValueError(f"distance_of must be 'data' or 'prediction', got {distance_of!r}")
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
         if isinstance(denoiser.path, SteppedPath):
@@ -83,6 +89,7 @@ class ConsistencyLoss:
         self.first_intervals = first_intervals
         self.doubling_steps = doubling_steps
         self.huber = huber
+        self.distance_of: Literal["data", "prediction"] = distance_of
         self.solver: Literal["euler", "heun"] = solver
 
     def intervals_at(self, step: int | None) -> int:
@@ -123,8 +130,16 @@ class ConsistencyLoss:
             x_s = path.add_noise(data, noise, s) if teacher is None else ode_step(teacher, path, x_t, t, s, self.solver)
             target = self.function(predict, x_s, s)
         difference = (student - target).flatten(1)
+        if self.distance_of == "prediction":
+            difference = difference / self.slope(x_t, t).flatten(1)
         c = self.huber * sqrt(difference.shape[1])
         return count * (torch.sqrt((difference**2).sum(dim=1) + c**2) - c)
+
+    def slope(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return |df / d prediction| of every number, `(B, ...)`, for t > 0."""
+        zeros = torch.zeros_like(x_t)
+        ends = (self.denoiser(zeros + value, x_t, t, clipped=False).data for value in (0, 1))
+        return torch.sub(*ends).abs()
 
     def function(self, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
         """Return f(x_t, t), `(B, ...)`, float32 or better."""

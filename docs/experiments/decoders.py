@@ -8,6 +8,10 @@ tokenizer's own reconstruction, and by DisCon, which draws KL latents given the 
 fifth is trained by the consistency objective, for one network call or a few. Needs `make quickstart`, then the KL
 tokenizer and its scale, which `make comparison` makes, and matplotlib. Finished runs, images and reports are kept: the
 command goes on where it stopped.
+
+  python docs/experiments/decoders.py --calls diffusion_unet consistency
+
+measures these by network calls and true ids alone, which needs the tokenizer of `make quickstart`, and writes no page.
 """
 
 import argparse
@@ -48,12 +52,15 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "residual": (("decoder",), {"model.init_args.target": "residual", "model.init_args.residual_scale": 9.0}),
     "DisCon": (("discon",), {}),
     "consistency": (("decoder", "decoder_consistency"), {}),
+    "diffusion_unet": (("decoder_unet",), {}),
 }
 TABLE = (OWN, "diffusion", "residual", "DisCon")
+ON_THE_PAGE = ("diffusion", "residual", "DisCon", "consistency")
 KINDS = ("true", "sampled", "shuffled")
 # Steps of Euler in the table, and the network calls of the figure.
 STEPS = {"diffusion": 20, "residual": 20}
-CALLS = {"diffusion": (1, 2, 4, 8, 20), "residual": (1, 2, 4, 8, 20), "consistency": (1, 2, 4)}
+FEW, MANY = (1, 2, 4), (1, 2, 4, 8, 20)
+CALLS = {"diffusion": MANY, "residual": MANY, "consistency": FEW, "diffusion_unet": MANY}
 
 
 def train(name: str, batches: int | None, folder: Path) -> Path:
@@ -259,6 +266,25 @@ def draw_calls(by_calls: dict[str, dict[int, float]], lines: dict[str, float], m
     figure.savefig(path, dpi=100)
 
 
+def by_calls_alone(names: list[str], given: argparse.Namespace) -> None:
+    """Print what some decoders make of true ids in several numbers of network calls, beside the own decoder."""
+    checkpoints = {name: train(name, given.batches, given.runs) for name in names}
+    count, seed = given.images, given.seeds[0]
+    files = {OWN: decode(OWN, "true", 0, checkpoint=None, count=count, folder=given.runs)}
+    for name in names:
+        for calls in CALLS[name]:
+            files[f"{name}, {calls}"] = decode(
+                name, "true", seed, checkpoint=checkpoints[name], count=count, folder=given.runs, calls=calls
+            )
+    rows = {row: [file] for row, file in files.items()}
+    metric, real, found = distances(rows, count, given.runs, "_".join(names))
+    print(f"{metric} of {count} images; {real:.2f} of as many test images")
+    for row, file in files.items():
+        figures = figures_of(file, "true")
+        others = f"PSNR {figures['PSNR']:.2f} dB, high frequencies {figures['high frequencies']:.3f}"
+        print(f"{row}: {metric} {found[row][0]:.2f}, {others}, shows the label {figures['label']:.1f}%")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of the noise of the decoders")
@@ -266,9 +292,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=None, help="of each training; those of the recipes by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments/decoders"), help="folder of the runs")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
+    parser.add_argument("--calls", nargs="+", choices=sorted(CALLS), help="decoders to measure by network calls alone")
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
-    checkpoints = {name: train(name, given.batches, given.runs) for name in RECIPES}
+    if given.calls:
+        by_calls_alone(given.calls, given)
+        return
+    checkpoints = {name: train(name, given.batches, given.runs) for name in ON_THE_PAGE}
     minutes = {name: f"{minutes_of(checkpoint):.1f}" for name, checkpoint in checkpoints.items()}
 
     def images(name: str, kind: str, seed: int, calls: int | None = None) -> Path:
@@ -284,7 +314,7 @@ def main() -> None:
             files[name, kind] = [images(name, kind, seed) for seed in (given.seeds[:1] if once else given.seeds)]
     rows = {f"{name}, {kind}": paths for (name, kind), paths in files.items()}
     metric, real, found = distances(rows, given.images, given.runs, "table")
-    few = {f"{name}, {calls}": (name, calls) for name, counts in CALLS.items() for calls in counts}
+    few = {f"{name}, {calls}": (name, calls) for name in ON_THE_PAGE for calls in CALLS.get(name, ())}
     made = {row: [images(name, "true", given.seeds[0], calls)] for row, (name, calls) in few.items()}
     of_calls = distances(made, given.images, given.runs, "calls")[2]
     by_calls: dict[str, dict[int, float]] = {}

@@ -158,6 +158,29 @@ def test_the_distance_is_pseudo_huber_times_the_intervals() -> None:
         torch.testing.assert_close(terms[row], (4 * distance).to(terms.dtype), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("prediction", ["v", "velocity"])
+def test_the_distance_may_be_of_what_is_predicted(prediction: Any) -> None:
+    """A network that is off by as much at every time costs as much at every time, where f is held at the truth."""
+    denoiser = GaussianDenoiser(RectifiedPath(), prediction=prediction)
+    data, noise = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    t = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    off = torch.zeros((), dtype=torch.float64)
+
+    def predict(x: Tensor, time: Tensor) -> Tensor:
+        """Say what leads to the data exactly, but for the student's time."""
+        return denoiser.target(data, noise, time) + torch.where(time == t, off, 0.0)[:, None]
+
+    for distance_of, slopes in (("data", (t / ((1 - t) ** 2 + t**2)) if prediction == "v" else t), ("prediction", 1)):
+        chosen = ConsistencyLoss(
+            denoiser, intervals=4, first_intervals=1, doubling_steps=0, huber=1e-9, distance_of=distance_of
+        )
+        off.fill_(0.5)
+        terms = chosen(predict, data, noise, t=t)
+        torch.testing.assert_close(
+            terms, 4 * 0.5 * sqrt(6) * torch.ones(4, dtype=torch.float64) * slopes, rtol=1e-6, atol=1e-6
+        )
+
+
 def test_intervals_double_over_training() -> None:
     growing = loss(intervals=80, first_intervals=10, doubling_steps=400)
     assert [growing.intervals_at(step) for step in (0, 99, 100, 200, 300, 399, 400)] == [10, 10, 20, 40, 80, 80, 80]
@@ -215,6 +238,8 @@ def test_settings_that_make_no_consistency_function_are_refused() -> None:
         loss(intervals=4, first_intervals=10)
     with pytest.raises(ValueError, match="huber above 0"):
         loss(first_intervals=1, huber=0.0)
+    with pytest.raises(ValueError, match="distance_of must be 'data' or 'prediction', got 'noise'"):
+        loss(distance_of="noise")
     with pytest.raises(ValueError, match="solver must be 'euler' or 'heun', got 'dpm'"):
         loss(solver="dpm")
     with pytest.raises(ValueError, match="needs a path in continuous time, this one has steps"):
