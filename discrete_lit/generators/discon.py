@@ -27,7 +27,7 @@ from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.generator import Generator
 from discrete_lit.generators.given_discrete import GivenDiscrete, spread_over_squares, told_to
 from discrete_lit.samplers.masked_vectors import MARSampler
-from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.samplers.sampler import Sampler, SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
 
 Exposure = Literal["none", "replace", "mixture"]
@@ -48,6 +48,7 @@ class DisCon(GivenDiscrete, ContinuousMasked):
             ids replaced by random ones (`"replace"`), or for some images d that the generator drew for their class
             (`"mixture"`).
         exposure_probability: of a replaced id, or of an image with a drawn d.
+        exposure_sampler: how d is drawn in training; the generator's own by default, whose cost every step then has.
         settings: further ones of `ContinuousMasked`.
 
     Raises:
@@ -67,6 +68,7 @@ class DisCon(GivenDiscrete, ContinuousMasked):
         discrete: Generator,
         exposure: Exposure = "none",
         exposure_probability: float = 0.1,
+        exposure_sampler: Sampler | None = None,
         **settings: Any,
     ) -> None:
         if exposure not in ("none", "replace", "mixture") or not 0 <= exposure_probability <= 1:
@@ -74,6 +76,8 @@ class DisCon(GivenDiscrete, ContinuousMasked):
                 "exposure must be 'none', 'replace' or 'mixture' and exposure_probability in [0, 1], got "
                 f"{exposure!r} and {exposure_probability}"
             )
+        if exposure_sampler is not None and exposure != "mixture":
+            raise ValueError(f"exposure_sampler draws for exposure='mixture', got exposure={exposure!r}")
         if discrete.num_classes != num_classes:
             raise ValueError(f"the generator of d knows {discrete.num_classes} classes, num_classes is {num_classes}")
         if discrete.image_size != normal_size(image_size):
@@ -92,6 +96,7 @@ class DisCon(GivenDiscrete, ContinuousMasked):
         self.take_discrete(discrete)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
+        self.exposure_sampler = exposure_sampler
 
     def layout(self) -> VectorLayout:
         return VectorLayout(
@@ -155,7 +160,7 @@ class DisCon(GivenDiscrete, ContinuousMasked):
             return replace(condition, grid=torch.where(numbers[:, 0] < self.exposure_probability, others, grid))
         chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
         with torch.no_grad():
-            drawn = self.discrete.draw(told_to(self.discrete, condition), random).tokens
+            drawn = self.discrete.draw(told_to(self.discrete, condition), random, self.exposure_sampler).tokens
         return replace(condition, grid=torch.where(chosen, self.aligned(drawn), grid))
 
     # Sampling.

@@ -133,6 +133,15 @@ def test_its_operations_are_those_of_both_generators_and_the_head(fusion: Any) -
     assert made.draw(labels, random, tokens=first.tokens).flops == output.flops - first.flops > 0
 
 
+@pytest.mark.parametrize(("sampler", "passes"), [(None, 2), (MaskGITSampler(1), 1)])
+def test_d_is_drawn_in_training_by_the_sampler_that_is_given(sampler: MaskGITSampler | None, passes: int) -> None:
+    made = generator(exposure="mixture", exposure_probability=1.0, exposure_sampler=sampler).train()
+    calls: list[Any] = []
+    made.discrete.backbone.register_forward_hook(lambda *given: calls.append(given))
+    made.condition_of(batch(), CounterRandom(0, torch.arange(6)))
+    assert len(calls) == passes
+
+
 def test_exposure_shows_other_d_in_training_alone() -> None:
     data, random = batch(), CounterRandom(0, torch.arange(6))
     true = generator().aligned(data["tokens"])
@@ -178,6 +187,8 @@ def test_bad_input_is_refused_by_name() -> None:
             generator(fusion, grid=(3, 4))
     with pytest.raises(ValueError, match="knows 2 classes, num_classes is 3"):
         generator(num_classes=3)
+    with pytest.raises(ValueError, match="exposure_sampler draws for exposure='mixture', got exposure='replace'"):
+        generator(exposure="replace", exposure_sampler=MaskGITSampler(2))
     with pytest.raises(ValueError, match="exposure must be"):
         generator(exposure="some")
 
