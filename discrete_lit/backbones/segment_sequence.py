@@ -70,6 +70,17 @@ class SegmentSequence:
         begins[:, 1:] = self.sample[:, 1:] != self.sample[:, :-1]
         return number.where(begins, 0).cummax(dim=1).values
 
+    def up_to(self, count: int) -> "SegmentSequence":
+        """Give the first elements of each row, `(B, count)`, with the same samples."""
+        return SegmentSequence(
+            ids=self.ids[:, :count],
+            states=self.states[:, :count],
+            sample=self.sample[:, :count],
+            vectors={name: vectors[:, :count] for name, vectors in self.vectors.items()},
+            times=None if self.times is None else self.times[:, :count],
+            packed=self.packed,
+        )
+
     def taken(self, rows: Tensor, columns: Tensor, *, valid: Tensor, padding: int) -> "SegmentSequence":
         """Make rows of some of its elements.
 

@@ -73,6 +73,7 @@ class SegmentReader:
         counts = lengths.tolist()
         if min(counts) < 1:
             raise ValueError("a prompt is empty: it begins with the first id of its first segment at least")
+        prompts = prompts.up_to(max(counts))  # texts come as long as the longest that there may be
         # Behind what is kept, an island that is drawn is read again and again.
         room = max(counts) + most - min(counts[: self.batch]) + max(1, *grammar.islands)
         self.cache: RaggedCache = self.network.new_cache(len(prompts), room)

@@ -20,6 +20,7 @@ from discrete_lit.samplers.draw_settings import DrawSettings
 from discrete_lit.samplers.guidance import guide_twice
 from discrete_lit.samplers.islands import MaskedSteps
 from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
+from discrete_lit.samplers.segment_reader import SegmentReader
 
 DENOISER = GaussianDenoiser(RectifiedPath(), prediction="velocity")
 
@@ -95,6 +96,22 @@ def test_what_is_drawn_does_not_depend_on_the_batch() -> None:
             count = one.ids.shape[1]
             assert torch.equal(one.ids[0], together.ids[row, :count])
             assert (together.sample[row, count:] < 0).all()
+
+
+def test_padding_that_all_prompts_have_is_not_read() -> None:
+    """Texts come as long as the longest that there may be."""
+    made = network(random_layout(1), head_dim=12).double()
+    prompt = text_prompt(made.grammar, 3, 0)
+    count = int(prompt.lengths().max())
+    padded = [
+        torch.nn.functional.pad(each, (0, 4), value=fill)
+        for each, fill in zip((prompt.ids, prompt.states, prompt.sample), (0, made.grammar.done, -1), strict=True)
+    ]
+    longer = SegmentSequence(ids=padded[0], states=padded[1], sample=padded[2])
+    readers = [SegmentReader(made, [each]) for each in (prompt.up_to(count), longer)]
+    assert readers[0].flops() == readers[1].flops() > 0
+    assert torch.equal(readers[0].hidden, readers[1].hidden)
+    assert torch.equal(draw(made, prompt).sequence.ids, draw(made, longer).sequence.ids)
 
 
 def picture_layout() -> SegmentLayout:
