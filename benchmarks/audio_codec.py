@@ -10,6 +10,10 @@ which `transformers`' `EncodecModel` and ours share: ours reads its file. The ar
 - streaming: `streaming_decoder`, given the clip's codes in pieces of `--piece` frames.
 
 Real time is the seconds of the clip over the seconds that it takes.
+
+Measured on 29 November 2026, 1 thread on 2 cores of an AMD EPYC with avx512_bf16 that did nothing else, `--rounds 25`:
+encoding 1.03 times and decoding 1.04 times as fast as `transformers`, each 9 times real time; decoding in pieces of 25
+frames takes 1.09 times the time of the whole.
 """
 
 import argparse

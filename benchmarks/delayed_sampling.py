@@ -6,6 +6,10 @@
 Four books of 2,048 codes, 12 blocks of width 768 (half of MusicGen-small's 24 of 1,024), 47 frames in 50 passes, with
 guidance, so 2 B rows in each. The bare arm makes the same passes of the same network with its cache, on codes that are
 there, and takes nothing from their logits. Both include the making of the cache.
+
+Measured on 29 November 2026, 1 thread on 2 cores of an AMD EPYC with avx512_bf16 that did nothing else, `--rounds 3`:
+1.05 times the passes in float32, and 0.61 times in bf16-mixed, where a sampler brings the weights to bfloat16 once, and
+passes by themselves each time.
 """
 
 import argparse

@@ -16,15 +16,10 @@ all four as many. The arms take turns; their ratio by processor time is the one 
 Measured on 28 November 2026, 2 threads on 2 cores of an AMD EPYC with avx512_bf16 that did nothing else, the first
 command: a packed step 1.02 times the plain one.
 
-The draws on the same day by processor time, on the same cores shared with other programs, `--width 384 --depth 6
---heads 6` on 1 thread: behind prompts 1.07 times behind as many known ids (target 1.03, missed), 1.26 times behind the
-class alone, and 1.36 times that where prompts differ in length. Weights that are laid out once made a draw behind
-prompts take 1.00 s in the place of 1.24 s.
-
-Since then what is read behind a prompt is prepared for all elements at once: outside the blocks a token takes 58
-operations of torch, in the place of 95, where the class-conditional one takes 54. Six draws of each arm at that size,
-on 1 of 2 cores of an Intel Xeon with AMX that some thirty other programs shared (29 November 2026), took 1.01 times as
-much processor time behind prompts in the mean, pairs 0.93 to 1.09: not measured on a quiet machine.
+The draws on 29 November 2026 by processor time, `--width 384 --depth 6 --heads 6 --rounds 4` on 1 thread of such cores
+that other programs shared: behind prompts 0.99 times behind as many known ids, 1.21 times behind the class alone, and
+1.37 times that where prompts differ in length. Before padding that all prompts have was left unread, the same command
+on quiet cores gave 1.06, 1.25 and 1.37.
 """
 
 import argparse
