@@ -257,6 +257,9 @@ def test_a_disk_that_gets_full_is_no_broken_shard(
 def test_the_next_file_is_fetched_meanwhile(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISCRETE_LIT_READ_TIMEOUT", "30")  # what a busy machine asks for again would be counted twice
     remote.keep(server.url)
+    latest = time.monotonic() + 60
+    while server.sent < 1 + len(CONTENT) and time.monotonic() < latest:
+        time.sleep(0.01)
     assert read(server.url) == CONTENT and server.sent == 1 + len(CONTENT) + 1
     remote.keep(f"{server.url}/other")
     server.trouble = ["404"] * 2
