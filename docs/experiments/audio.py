@@ -21,7 +21,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log2
+from math import ceil, log2
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,14 +88,18 @@ def row(name: str, clips: list[Tensor], made: list[tuple[Tensor, int]]) -> Row:
     )
 
 
+def bytes_of(codec: EnCodec, tokens: Tensor) -> int:
+    """Count the bytes that ids take, each in log2(K) bits."""
+    return ceil(tokens.numel() * log2(codec.vocab_size) / 8)
+
+
 @torch.no_grad()
 def by_books(codec: EnCodec, clips: list[Tensor], books: int) -> list[tuple[Tensor, int]]:
     """Decode clips by their first codes, with the bytes that these take."""
     made = []
     for clip in clips:
         tokens = codec.encode(clip[None], books=books)
-        bits = tokens.numel() * log2(codec.vocab_size)
-        made.append((codec.decode(tokens)[0], int(-(-bits // 8))))
+        made.append((codec.decode(tokens)[0], bytes_of(codec, tokens)))
     return made
 
 
@@ -103,11 +107,11 @@ def by_books(codec: EnCodec, clips: list[Tensor], books: int) -> list[tuple[Tens
 def by_diffusion(codec: EnCodec, decoder: TokenDiffusionDecoder, clips: list[Tensor]) -> list[tuple[Tensor, int]]:
     """Decode all codes by diffusion, second by second, with the bytes that they take."""
     (frames, _), made = decoder.discrete.token_shape(decoder.image_size), []
-    for number, (clip, (_, size)) in enumerate(zip(clips, by_books(codec, clips, codec.depth), strict=True)):
+    for number, clip in enumerate(clips):
         tokens = codec.encode(clip[None])[0]
         whole = F.pad(tokens, (0, 0, 0, -len(tokens) % frames)).unflatten(0, (-1, frames))
         decoded = decoder.decode(whole, seed=number)
-        made.append((decoded.movedim(0, 1).flatten(1)[:, : clip.shape[1]], size))
+        made.append((decoded.movedim(0, 1).flatten(1)[:, : clip.shape[1]], bytes_of(codec, tokens)))
     return made
 
 

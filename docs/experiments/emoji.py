@@ -101,8 +101,9 @@ def drawn(model: Unified, names: list[str], sampler: SegmentSampler | None = Non
     parts = []
     for first in range(0, len(names), AT_ONCE):
         some = names[first : first + AT_ONCE]
-        random = CounterRandom(seed, torch.arange(first, first + len(some)))
-        parts.append(model.tokenizer.decode(model.draw(model.condition_of_texts(some), random, sampler).tokens))
+        indices = torch.arange(first, first + len(some))
+        made = model.sample(model.condition_of_texts(some), sampler, seed=seed, indices=indices)
+        parts.append(model.tokenizer.decode(made))
     return torch.cat(parts)
 
 
