@@ -6,7 +6,7 @@
 The images are of ImageNet's usual size, 500 x 375 pixels and about 110 kB, drawn with a falling spectrum. The bare arm
 decodes each to RGB by Pillow, with libjpeg-turbo; torchvision's decoder and resizing stand beside it. The others are
 what a worker of `ImageShards` or `ImageFolder` does for a batch behind reading its bytes: decode, crop, and make the
-batch of float32, exactly or by `decoding: fast`. The figure is bare decoding's time over the arm's: the share of a
+batch, of bytes, exactly or by `decoding: fast`. The figure is bare decoding's time over the arm's: the share of a
 core's decoding that is left.
 """
 

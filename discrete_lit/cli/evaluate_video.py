@@ -153,7 +153,7 @@ def evaluate_video(
 def _real(data: VideoClips, split: Split, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Read the first clips of a split: uint8 `(B, C, T, H, W)` and labels `(B,)`."""
     for batch in real_clips(data, split, count):
-        yield to_uint8(batch["video"]), batch["label"] if data.num_classes else None
+        yield batch["video"], batch["label"] if data.num_classes else None
 
 
 class ClipFile:

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from discrete_lit.checkpoints import load, save
 from discrete_lit.cli.devices import make_fabric
+from discrete_lit.core.images import from_uint8
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
 from discrete_lit.data.loaders import EvaluationLoader
@@ -66,9 +67,10 @@ def measure_latents(
     source = data.evaluation_source(split, 0, 1)
     left = source.samples if num_images is None else num_images
     for batch in tqdm(EvaluationLoader(source, data.num_workers), desc="measure_latents", unit="batch"):
+        images = from_uint8(batch["image"][:left].to(fabric.device))
         with torch.no_grad(), fabric.autocast():
-            statistics.update(*network.moments(batch["image"][:left].to(fabric.device)))
-        left -= len(batch["image"])
+            statistics.update(*network.moments(images))
+        left -= len(images)
         if left <= 0:
             break
     mean, deviation = (values.tolist() for values in statistics.compute())

@@ -23,6 +23,7 @@ from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json, read_text
 from discrete_lit.core.configuration import build, read_settings
 from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.images import pixels_as_floats
 from discrete_lit.core.lightning_internals import begin_at_step
 from discrete_lit.data.data_module import ResumableDataModule
 from discrete_lit.fsdp2 import is_sharded
@@ -196,7 +197,7 @@ def _run(module: LightningModule, batch: Any, step: int, accelerator: str, preci
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice for a training, on workers and validation
-        trainer.fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader([pixels_as_floats(batch)], batch_size=None))  # type: ignore[arg-type]
     terms = {name: _plain(value) for name, value in trainer.callback_metrics.items() if "train/" in name}
     return {"losses": watch.losses, "terms": terms, "gradient_norms": watch.norms, "not_finite": watch.broken}
 

@@ -21,6 +21,7 @@ from discrete_lit.core.array_parts import (
 )
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import on_first_rank
+from discrete_lit.core.images import pixels_as_floats
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.array_manifest import MANIFEST
 from discrete_lit.data.audio_clips import AudioClips
@@ -188,8 +189,9 @@ def tokenize(
     # An image that cannot be read would leave its row empty.
     loader = EvaluationLoader(source, data.num_workers, max_bad_fraction=0)
     for batch in tqdm(loader, desc="tokenize", unit="batch", disable=fabric.global_rank > 0):
+        moved = {tokenizer.modality: batch[tokenizer.modality].to(fabric.device)}
+        images = pixels_as_floats(moved)[tokenizer.modality]
         with torch.no_grad(), fabric.autocast():
-            images = batch[tokenizer.modality].to(fabric.device)
             if cut.count is None:
                 codes = encode(images, batch["index"], 0)
             else:  # one crop of all images after the other, so that the batch is what its size says

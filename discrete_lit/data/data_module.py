@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from lightning import LightningDataModule
 
 from discrete_lit.core import distributed
+from discrete_lit.core.images import pixels_as_floats
 from discrete_lit.data.loaders import BatchSource, EvaluationLoader, TrainingLoader
 
 Split = Literal["train", "validation"]
@@ -132,6 +133,9 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> EvaluationLoader:
         return self.evaluation_loader("validation" if self.has_split("validation") else "train")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return pixels_as_floats(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return self._training_loader.state_dict() if self._training_loader else {}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
+from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import caption_batch, drawn
 from discrete_lit.data.loaders import Batch
@@ -21,6 +21,7 @@ from discrete_lit.data.transforms import (
     dall_e_crop,
     decode_image,
     decode_image_fast,
+    mirrored,
     random_crop,
     random_resized_crop,
     ten_crops,
@@ -208,7 +209,7 @@ class ImagePipeline(SamplePipeline):
             pixels = dall_e_crop(image, self.image_size, place)
         else:
             pixels = center_crop(image, self.image_size)
-        return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
+        return mirrored(pixels) if self.flip and randomness[3] < 0.5 else pixels
 
     def _decoded(self, data: bytes) -> Picture:
         """Decode a file for training."""
@@ -233,25 +234,21 @@ class ImagePipeline(SamplePipeline):
 
 
 def image_batch(samples: Sequence[LabelledSample], shape: tuple[int, int, int]) -> Batch:
-    """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
+    """Make a batch: `{"image": uint8, "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
 
     A set without labels makes batches without `"label"`. Where captions are read there is `"caption": list[str]`, one
     of each image: in training a random one of several, in evaluation the first, beside all of them in `"captions"`.
 
-    Images are `(B, C, H, W)`, or `(B, V, C, H, W)` of several crops.
+    Images are `(B, C, H, W)` in 0..255, or `(B, V, C, H, W)` of several crops; see `core.images.pixels_as_floats`.
 
     Args:
         samples: of the batch.
         shape: `(H, W, C)` of an image, for a batch of none.
     """
-    *crops, height, width, channels = samples[0].values.shape if samples else shape
-    images = torch.empty(len(samples), *crops, channels, height, width)
-    # One by one, while each is in the processor's cache.
+    images = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
     for sample, image in zip(samples, images, strict=True):
-        # Channel by channel: a copy of bytes, where there must be one, is cheaper than floats in another order.
-        planes = np.require(np.moveaxis(sample.values, -1, -3), requirements=["C", "W"])
-        from_uint8(torch.from_numpy(planes), out=image)
-    return {"image": images, **label_batch(samples)}
+        image[...] = sample.values
+    return {"image": torch.from_numpy(images).movedim(-1, -3), **label_batch(samples)}
 
 
 def label_batch(samples: Sequence[LabelledSample]) -> Batch:

@@ -83,3 +83,30 @@ def decode_jpeg(data: bytes) -> TorchImage | None:
     except (ImportError, RuntimeError):
         return None
     return TorchImage(values.movedim(0, -1).numpy())
+
+
+# Segments of a JPEG file that may stand before the frame's header (ITU T.81, table B.1): quantisation and Huffman
+# tables, the restart interval, applications' data, a comment.
+_SKIPPED = frozenset({0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+_SEQUENTIAL = (0xC0, 0xC1)
+# Above, whoever reads the picture with Pillow is asked whether it fits the memory.
+_MOST_PIXELS = 2**24
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Read the height and width of a JPEG file that can be decoded without a closer look, None of all others.
+
+    It is sequential, of three colours of 8 bits, of at most 16 million pixels, and has two bits or more for each block
+    of each colour, without which its header lies (ITU T.81, annex F).
+    """
+    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while len(data) > place + 9 and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in _SEQUENTIAL and (data[place + 4], data[place + 9]) == (8, 3):
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+            blocks = 3 * (-(-height // 8)) * (-(-width // 8))
+            return (height, width) if 0 < height * width <= _MOST_PIXELS and 2 * blocks <= 8 * len(data) else None
+        if marker not in _SKIPPED:
+            return None
+        place += 2 + length
+    return None

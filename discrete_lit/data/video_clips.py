@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from discrete_lit.core.images import clip_size, from_uint8
+from discrete_lit.core.images import clip_size
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.clips import Clips, clip_uniform
 from discrete_lit.data.image_batches import EvaluationCrops, LabelledSample, SamplePipeline, label_batch
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource
 from discrete_lit.data.media import VIDEOS
-from discrete_lit.data.transforms import MODES, center_crop, random_crop
+from discrete_lit.data.transforms import MODES, center_crop, mirrored, random_crop
 from discrete_lit.data.video_files import read_frames
 
 
@@ -70,7 +70,7 @@ class VideoPipeline(SamplePipeline):
         else:
             cut = partial(center_crop, size=self.image_size[1:])
         clip = self._clip(data, clip_uniform(self.seed, epoch, key), cut)
-        return clip[:, :, ::-1] if self.flip and randomness[3] < 0.5 else clip
+        return mirrored(clip) if self.flip and randomness[3] < 0.5 else clip
 
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Decode a clip and cut out its middle in time and space: uint8 `(T, H, W, C)`."""
@@ -80,12 +80,11 @@ class VideoPipeline(SamplePipeline):
         return {"frame_rate": self.frame_rate}
 
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
-        """Make a batch: `{"video": float32 (B, C, T, H, W) in [-1, 1], ...}`, the rest as `label_batch` says."""
+        """Make a batch: `{"video": uint8 (B, C, T, H, W) in 0..255, ...}`, the rest as `label_batch` says."""
         pixels = np.empty((len(samples), *self.image_size, self.image_channels), dtype=np.uint8)
         for row, sample in enumerate(samples):
             pixels[row] = sample.values
-        clips = torch.from_numpy(pixels).movedim(-1, 1).contiguous()
-        return {"video": from_uint8(clips), **label_batch(samples)}
+        return {"video": torch.from_numpy(pixels).movedim(-1, 1), **label_batch(samples)}
 
     def _clip(self, data: bytes, uniform: float | None, cut: partial[np.ndarray]) -> np.ndarray:
         frames = read_frames(
@@ -99,7 +98,7 @@ class VideoPipeline(SamplePipeline):
 
 
 class VideoClips(Clips):
-    """Batches of clips, `{"video": (B, C, T, H, W) in [-1, 1], "label": (B,), "key", "index"}`, of a folder or shards.
+    """Batches of clips, `{"video": uint8 (B, C, T, H, W), "label": (B,), "key", "index"}`, of a folder or shards.
 
     Files are GIFs (read by Pillow) and MP4, MOV, WebM, MKV and AVI (by PyAV: `pip install 'discrete-lit[video]'`). A
     folder is `<folder>/<class>/**/<clip>`, or clips alone; shards are those of `ImageShards`, with clips in place of

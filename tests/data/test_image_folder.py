@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from discrete_lit.core.images import to_uint8
 from discrete_lit.data import ImageFolder, ImageShards
 from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.shard_writer import write_shards
@@ -37,11 +36,13 @@ def test_a_batch_holds_image_label_key_and_index(folder: Path) -> None:
     assert (data.num_classes, data.classes, data.image_size) == (3, ["ant", "bee", "cat"], 8)
     for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
         batch = next(iter(loader))
-        assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.float32
+        floats = data.on_after_batch_transfer(batch, 0)["image"]
+        assert floats.shape == (4, 3, 8, 8) and floats.dtype == torch.float32 and floats.is_contiguous()
         assert batch["label"].dtype == batch["index"].dtype == torch.int64
-        for image, label, key in zip(batch["image"], batch["label"], batch["key"], strict=True):
+        for image, values, label, key in zip(batch["image"], floats, batch["label"], batch["key"], strict=True):
             pixels = np.asarray(Image.open(folder / key))
-            np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), pixels / 127.5 - 1, atol=1e-6)
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+            np.testing.assert_allclose(values.permute(1, 2, 0).numpy(), pixels / 127.5 - 1, atol=1e-6)
             assert data.classes[label] == key.split("/")[0]
 
 
@@ -329,11 +330,11 @@ def test_batches_of_other_shapes(folder: Path, channels: int, mode: str) -> None
     batch = next(iter(data.evaluation_loader("validation", 0, 1)))
     assert batch["image"].shape == (15, channels, 6, 10)
     images = open_image_set(folder, (6, 10), image_channels=channels)
-    for image, (_, decode) in zip(to_uint8(batch["image"]), images.stream(), strict=True):
+    for image, (_, decode) in zip(batch["image"], images.stream(), strict=True):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode())
     file = Image.open(folder / batch["key"][0]).convert(mode)
     scaled = np.asarray(file.resize((10, 10), Image.Resampling.BICUBIC))[2:8]
-    np.testing.assert_array_equal(to_uint8(batch["image"][0]).permute(1, 2, 0).numpy(), scaled.reshape(6, 10, channels))
+    np.testing.assert_array_equal(batch["image"][0].permute(1, 2, 0).numpy(), scaled.reshape(6, 10, channels))
     training = make_data(str(folder), **settings | {"batch_size": 4})
     assert next(iter(training.training_loader(0, 1)))["image"].shape == (4, channels, 6, 10)
     with pytest.raises(ValueError, match=r"image_channels is 2; it must be 1 \(grey\), 3 \(RGB\) or 4"):

@@ -58,12 +58,14 @@ def test_a_batch_holds_image_label_key_and_index(folder: Path, image_bytes: Call
     assert (data.num_classes, data.classes, data.image_size) == (3, ["ant", "bee", "cat"], 8)
     for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
         batch = next(iter(loader))
-        assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.float32
+        floats = data.on_after_batch_transfer(batch, 0)["image"]
+        assert floats.shape == (4, 3, 8, 8) and floats.dtype == torch.float32 and floats.is_contiguous()
         assert batch["label"].dtype == batch["index"].dtype == torch.int64
-        for image, label, key in zip(batch["image"], batch["label"], batch["key"], strict=True):
+        for image, values, label, key in zip(batch["image"], floats, batch["label"], batch["key"], strict=True):
             number = int(key.removeprefix("sample-"))
             pixels = np.asarray(Image.open(io.BytesIO(image_bytes(number))))
-            np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), pixels / 127.5 - 1, atol=1e-6)
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+            np.testing.assert_allclose(values.permute(1, 2, 0).numpy(), pixels / 127.5 - 1, atol=1e-6)
             assert label == number % 3
 
 
@@ -615,8 +617,8 @@ def test_exif_orientation_is_an_option(tmp_path: Path, make_shards: Any) -> None
     for apply_exif in (False, True):
         data = make_data(str(folder), batch_size=1, apply_exif=apply_exif)
         images.append(next(iter(data.evaluation_loader("train", 0, 1)))["image"][0, 0])
-    assert (images[0][:, :4] > 0.9).all() and (images[0][:, 4:] < -0.9).all()
-    assert (images[1][:4] > 0.9).all() and (images[1][4:] < -0.9).all()
+    assert (images[0][:, :4] > 242).all() and (images[0][:, 4:] < 13).all()
+    assert (images[1][:4] > 242).all() and (images[1][4:] < 13).all()
 
 
 def test_settings_and_splits_that_do_not_exist_are_refused(folder: Path) -> None:

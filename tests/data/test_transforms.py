@@ -10,7 +10,7 @@ from PIL import Image
 
 from discrete_lit.core.random import augmentation_uniforms, sample_order
 from discrete_lit.data.image_batches import EvaluationCrops, ImagePipeline
-from discrete_lit.data.torch_image import TorchImage
+from discrete_lit.data.torch_image import TorchImage, plain_jpeg_size
 from discrete_lit.data.transforms import (
     UndecodableImage,
     center_crop,
@@ -448,6 +448,28 @@ def test_fast_decoding_reads_what_exact_decoding_reads() -> None:
         with pytest.raises(UndecodableImage) as fast:
             decode_image_fast(broken)
         assert str(fast.value) == str(exact.value)
+
+
+def test_the_size_of_a_plain_jpeg_file_is_read_without_pillow() -> None:
+    thumbnail = b"Exif\0\0" + photograph(16, 8)  # in front of the picture's own header
+    for saving in (
+        {},
+        {"subsampling": 0},
+        {"exif": thumbnail},
+        {"comment": b"\xff\xc0 no header"},
+        {"qtables": "web_high"},
+    ):
+        assert plain_jpeg_size(photograph(100, 75, **saving)) == (75, 100)
+    for mode, saving in (("RGB", {"progressive": True}), ("L", {}), ("CMYK", {}), ("RGB", {"format": "PNG"})):
+        assert plain_jpeg_size(photograph(100, 75, mode, **saving)) is None
+    data = photograph(100, 75)
+    header = data.index(b"\xff\xc0")
+    assert all(plain_jpeg_size(data[:end]) is None for end in range(header + 10))
+    # A header that claims more than its bytes can code is Pillow's to refuse, as is a picture that fills the memory.
+    lying = data[: header + 5] + b"\x20\x00\x20\x00" + data[header + 9 :]
+    assert plain_jpeg_size(lying) is plain_jpeg_size(lying + bytes(2**21)) is None
+    with pytest.raises(UndecodableImage, match="its header claims 8192x8192 pixels, for which"):
+        decode_image_fast(lying)
 
 
 def test_a_decoding_that_is_not_known_is_refused() -> None:

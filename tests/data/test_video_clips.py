@@ -11,6 +11,7 @@ import torch
 from helpers.video import moving_square, write_videos
 from PIL import Image
 
+from discrete_lit.core.images import from_uint8
 from discrete_lit.core.moving_pictures import gif_bytes, mp4_bytes
 from discrete_lit.data import VideoClips
 from discrete_lit.data.loaders import TooManyBadSamples
@@ -131,7 +132,9 @@ def test_batches_of_clips(clips: Path) -> None:
     data = make_data(clips, frame_rate=10)
     batches = list(data.evaluation_loader("train", 0, 1))
     assert [len(batch["video"]) for batch in batches] == [2, 2, 2, 1]
-    assert batches[0]["video"].shape == (2, 1, 4, 16, 16) and batches[0]["video"].dtype == torch.float32
+    assert batches[0]["video"].shape == (2, 1, 4, 16, 16) and batches[0]["video"].dtype == torch.uint8
+    floats = data.on_after_batch_transfer(batches[0], 0)["video"]
+    assert torch.equal(floats, from_uint8(batches[0]["video"])) and floats.is_contiguous()
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(7))
     assert all(0 <= int(label) < data.num_classes for batch in batches for label in batch["label"])
 
@@ -166,7 +169,7 @@ def test_crops_in_time_differ_between_epochs(tmp_path: Path) -> None:
     starts = {float(clip[0, 0, 0, 0]) for _ in range(6) for batch in loader for clip in batch["video"]}
     assert len(starts) > 4
     for batch in loader:
-        counts = ((batch["video"][:, 0, :, 0, 0] + 1) * 127.5 / 8).round()
+        counts = (batch["video"][:, 0, :, 0, 0] / 8).round()
         assert (counts.diff(dim=1) == 1).all()
 
 
