@@ -5,9 +5,9 @@
 The quickstart's FSQ ids (49 ids of 512 values) are decoded by the tokenizer's own decoder, by diffusion over pixels
 given the ids (`lightning_configs/quickstart/decoder.yaml`), by diffusion of the residual, which is the image minus the
 tokenizer's own reconstruction, and by DisCon, which draws KL latents given the ids and the class (`discon.yaml`). A
-fifth is trained by the consistency objective, for one network call or a few. Needs `make quickstart`, then the KL
-tokenizer and its scale, which `make comparison` makes, and matplotlib. Finished runs, images and reports are kept: the
-command goes on where it stopped.
+fifth is trained by the consistency objective, for one network call or a few, and a sixth is diffusion over pixels by a
+U-Net (`decoder_unet.yaml`). Needs `make quickstart`, then the KL tokenizer and its scale, which `make comparison`
+makes, and matplotlib. Finished runs, images and reports are kept: the command goes on where it stopped.
 
   python docs/experiments/decoders.py --calls diffusion_unet consistency
 
@@ -55,7 +55,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "diffusion_unet": (("decoder_unet",), {}),
 }
 TABLE = (OWN, "diffusion", "residual", "DisCon")
-ON_THE_PAGE = ("diffusion", "residual", "DisCon", "consistency")
+ON_THE_PAGE = ("diffusion", "residual", "DisCon", "consistency", "diffusion_unet")
 KINDS = ("true", "sampled", "shuffled")
 # Steps of Euler in the table, and the network calls of the figure.
 STEPS = {"diffusion": 20, "residual": 20}
@@ -344,7 +344,7 @@ def main() -> None:
         *(f"| {name} | {minutes.get(name, '')} | {1000 * seconds[name]:.1f} |" for name in TABLE),
         "",
         f"{metric} against network calls, true ids, one seed of the noise. The consistency decoder took "
-        f"{minutes['consistency']} minutes to train.",
+        f"{minutes['consistency']} minutes to train, the U-Net {minutes['diffusion_unet']}.",
         "",
         f"| network calls | {' | '.join(map(str, ticks))} |",
         f"|:--|{'--:|' * len(ticks)}",
