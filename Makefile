@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits digits-settings quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -200,6 +200,9 @@ quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back
 	@echo "training log: $(BIN)/tensorboard --logdir $(DIGITS)"
 
 learned-digits: $(BOTH_WAYS:%=$(DIGITS)/%/samples.npz) $(SUMS:%=$(DIGITS)/%/samples.npz)
+
+digits-settings: learned-digits ## what settings of these models do, over three seeds: the softmax, embeddings, guidance
+	$(BIN)/python docs/experiments/digits.py --settings --page $(DIGITS)/settings/report.md
 
 # scikit-learn's digits, of which the quickstarts of digits and of video make their data.
 DIGITS_FILE := sklearn/datasets/data/digits.csv.gz
