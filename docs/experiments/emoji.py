@@ -28,6 +28,8 @@ from shared import processor_minutes, stamp
 from torch import Tensor
 
 import discrete_lit
+from discrete_lit.core.allocator import keep_freed_memory
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.images import from_uint8, height_and_width, to_uint8
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.sources import Emoji, PartOfSource
@@ -40,6 +42,8 @@ CLASSES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "People 
 KINDS = {"train": "seen", "combinations": "words known", "test": "new"}
 SHOWN = 12
 AT_ONCE = 60
+# The precision of training, in which pictures are drawn and named too.
+PRECISION = resolve_precision("auto", "cpu")
 
 
 class Pictures:
@@ -96,13 +100,19 @@ def row_of(
     return [kind, share(top1), share(top5), share(exact), share(words)]
 
 
+def quickly() -> torch.autocast:
+    """Compute in bfloat16 where the processor multiplies it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16-mixed")
+
+
 def drawn(model: Unified, names: list[str], sampler: SegmentSampler | None = None, *, seed: int = 0) -> Tensor:
     """Draw a picture `(B, 3, S, S)` of each name, some at a time, which takes less memory."""
     parts = []
     for first in range(0, len(names), AT_ONCE):
         some = names[first : first + AT_ONCE]
         indices = torch.arange(first, first + len(some))
-        made = model.sample(model.condition_of_texts(some), sampler, seed=seed, indices=indices)
+        with quickly():
+            made = model.sample(model.condition_of_texts(some), sampler, seed=seed, indices=indices)
         parts.append(model.tokenizer.decode(made))
     return torch.cat(parts)
 
@@ -131,6 +141,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     parser.add_argument("--guidance", type=float, nargs="+", help="scales to compare, in place of a page")
     given = parser.parse_args()
+    keep_freed_memory(torch.device("cpu"))
     model = discrete_lit.load(given.checkpoint)
     assert isinstance(model, Unified)
     splits = {split: Pictures(given.package, split, height_and_width(model.image_size)[0]) for split in KINDS}
@@ -145,7 +156,8 @@ def main() -> None:
         own = [splits[split].names[number] for number in chosen]
         real, asked = splits[split].pixels[chosen], [names[0] for names in own]
         images = drawn(model, asked)
-        said = model.caption(model.data_of({"image": real}, CounterRandom(0, torch.arange(len(chosen)))))
+        with quickly():
+            said = model.caption(model.data_of({"image": real}, CounterRandom(0, torch.arange(len(chosen)))))
         rows.append(row_of(kind, images, said, asked=asked, own=own, every=every))
         if split != "train":
             closest = [max(range(len(train.names)), key=lambda n: common(train.names[n][0], name)) for name in asked]
@@ -163,8 +175,8 @@ def main() -> None:
     lines = [
         "# Emoji both ways",
         "",
-        f"`python docs/experiments/emoji.py{chosen}`, {stamp()}, {processor_minutes():.1f} minutes of processor. "
-        f"{given.count} names and {given.count} pictures a row; {len(every[1]):,} emoji to find among.",
+        f"`python docs/experiments/emoji.py{chosen}`, {stamp()}, {PRECISION}, {processor_minutes():.1f} minutes of "
+        f"processor. {given.count} names and {given.count} pictures a row; {len(every[1]):,} emoji to find among.",
         "",
         *(f"| {' | '.join(row)} |" for row in [heads, [":--", *["--:"] * 4], *rows]),
         "",
