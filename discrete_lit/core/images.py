@@ -129,13 +129,18 @@ def size_text(image_size: ImageSize) -> str:
 
 
 def check_channels(images: Tensor, image_channels: int, what: str) -> None:
-    """Raise a ValueError unless images `(B, C, ...)` have as many channels as a network was made for.
+    """Raise a ValueError unless images `(B, C, ...)` are floats, with as many channels as a network was made for.
 
     Args:
         images: of a batch.
         image_channels: C of the network.
         what: names the network, for the message.
     """
+    if not images.is_floating_point():
+        raise ValueError(
+            f"the images are {images.dtype}, and {what} takes floats in [-1, 1]: "
+            "discrete_lit.core.images.pixels_as_floats makes them of the bytes that a loader gives"
+        )
     if images.shape[1] != image_channels:
         raise ValueError(
             f"the images have {images.shape[1]} channels (shape {tuple(images.shape)}), and {what} was made for "

@@ -9,6 +9,7 @@ from discrete_lit.core.images import (
     from_uint8,
     height_and_width,
     normal_size,
+    pixels_as_floats,
     size_text,
     to_rgb,
     to_uint8,
@@ -71,6 +72,17 @@ def test_other_channels_have_no_colour(channels: int) -> None:
     with pytest.raises(ValueError, match=f"LPIPS sees colour images: .*; got {channels}"):
         to_rgb(images, "LPIPS")
     assert torch.equal(displayable(images), images[:, :1])
+
+
+def test_the_bytes_of_a_batch_become_floats_and_nothing_else_changes() -> None:
+    pixels = torch.randint(256, (2, 4, 5, 3), dtype=torch.uint8)
+    batch = {"image": pixels.movedim(-1, 1), "audio": torch.rand(2, 1, 7), "label": torch.arange(2), "key": ["a", "b"]}
+    floats = pixels_as_floats(batch)
+    assert torch.equal(floats["image"], from_uint8(pixels).movedim(-1, 1)) and floats["image"].is_contiguous()
+    assert all(floats[name] is batch[name] for name in ("audio", "label", "key")) and list(floats) == list(batch)
+    assert batch["image"].dtype == torch.uint8 and pixels_as_floats(floats)["image"] is floats["image"]
+    with pytest.raises(ValueError, match=r"are torch.uint8, and this VQVAE takes floats .*pixels_as_floats makes"):
+        check_channels(batch["image"], 3, "this VQVAE")
 
 
 def test_channels_that_do_not_fit_are_named() -> None:
