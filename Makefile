@@ -322,7 +322,7 @@ NAMED := runs/quickstart_emoji
 NAMED_CONFIGS := lightning_configs/quickstart_emoji
 NAMED_SPLITS := train combinations test
 
-quickstart-emoji: $(NAMED)/transfusion/samples.npz $(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json) ## names to emoji and back by one model, 40 minutes of one core
+quickstart-emoji: $(NAMED)/transfusion/samples.npz $(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json) ## names to emoji and back by one model, 38 minutes of one core
 	$(BIN)/python docs/experiments/emoji.py --page $(NAMED)/report.md
 	@echo
 	@echo "pictures:     $(NAMED)/transfusion/grid.png"
