@@ -29,9 +29,9 @@ def read_folder(apply_exif: bool = False, image_channels: int = 3) -> np.ndarray
     settings = {"apply_exif": apply_exif, "image_channels": image_channels, "max_bad_fraction": 0.0}
     data = ImageFolder("images", image_size=8, batch_size=1, num_workers=0, **settings)
     (batch,) = data.evaluation_loader("train", 0, 1)
-    image = batch["image"][0]
-    assert tuple(image.shape) == (image_channels, 8, 8) and bool(image.isfinite().all())
-    return ((image.movedim(0, -1).numpy() + 1) * 127.5).round().astype(np.uint8)
+    image = batch["image"][0].movedim(0, -1).numpy()
+    assert image.shape == (8, 8, image_channels) and image.dtype == np.uint8
+    return image
 
 
 def picture(

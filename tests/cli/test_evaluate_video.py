@@ -88,7 +88,7 @@ def evaluate(made: dict[str, Path], output: Path, **changes: Any) -> dict[str, A
 
 def real(made: dict[str, Path], split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
     batches = list(VideoClips(**data_settings(made)).evaluation_loader(split, 0, 1))
-    return to_uint8(torch.cat([each["video"] for each in batches])), torch.cat([each["label"] for each in batches])
+    return torch.cat([each["video"] for each in batches]), torch.cat([each["label"] for each in batches])
 
 
 def test_every_figure_is_that_of_its_definition(made: dict[str, Path], tmp_path: Path) -> None:

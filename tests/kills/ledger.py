@@ -31,10 +31,7 @@ class Ledger(Callback):
         self._reach("loading")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        content = next(batch[name] for name in ("image", "tokens") if name in batch)
-        hashes = [hashlib.sha256(sample.contiguous().numpy().tobytes()).hexdigest()[:16] for sample in content]
-        samples = list(zip(batch["index"].tolist(), hashes, strict=True))
-        line = {"step": trainer.global_step, "ranks": trainer.world_size, "samples": samples}
+        line = {"step": trainer.global_step, "ranks": trainer.world_size, "samples": samples_of(batch)}
         self._append("jsonl", json.dumps(line))
         self._reach("batch")
         time.sleep(self.pause)

@@ -41,6 +41,7 @@ from PIL import Image
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.commands import main as run_command
 from discrete_lit.cli.run_folder import RunFolder
+from discrete_lit.core.images import pixels_as_floats
 from discrete_lit.data import ImageShards, TokenArrays
 from discrete_lit.data.loaders import TrainingLoader
 from kills.ledger import samples_of
@@ -349,7 +350,7 @@ class Series:
             source.follow(layout)
         loader, steps = TrainingLoader(source), []
         while len(steps) < STEPS:
-            steps += [samples_of(batch) for batch in loader]
+            steps += [samples_of(pixels_as_floats(batch)) for batch in loader]
         return steps
 
     def check_progress(self, attempt: str, run: Path, *, told: bool) -> None:
