@@ -39,8 +39,9 @@ def from_uint8(images: Tensor) -> Tensor:
     """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
     import torch  # here, for what prepares data knows sizes, and starts at once
 
-    # In place: on a CPU each new tensor of a batch's size costs more than the arithmetic.
-    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
+    # In place: on a CPU each new tensor of a batch's size costs more than the arithmetic. Divided by a tensor: of a
+    # number CUDA takes the reciprocal, and 111 of the 256 values would be others than a CPU's.
+    return images.to(torch.float32, copy=True).div_(torch.full((), 127.5, device=images.device)).sub_(1)
 
 
 def pixels_as_floats(batch: Mapping[str, Any]) -> dict[str, Any]:
