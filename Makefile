@@ -20,7 +20,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits digits-settings quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour colour-further learned-colour-further quickstart-digits learned-digits digits-settings quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -187,6 +187,28 @@ $(COLOUR)/%_grid/samples.npz: $(COLOUR)/%/finished
 $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$(COLOUR)/%_grid/samples.npz) \
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
+
+# Generators of latents: of what the tokenizer has before its codebook, which then rounds what they draw.
+COLOUR_FURTHER := ldm dit mar xar
+
+colour-further: $(COLOUR)/tokenizer/finished ## generators of latents on the same emoji, 18 minutes on 2 cores behind quickstart-colour
+	$(MAKE) --jobs 2 learned-colour-further OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(COLOUR)/evaluation_further/report.md
+	@echo
+	@cat $(COLOUR)/evaluation_further/report.md
+	@echo
+	@echo "pictures:     $(COLOUR_FURTHER:%=$(COLOUR)/%_grid/grid.png)"
+	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+
+learned-colour-further: $(COLOUR_FURTHER:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
+
+$(COLOUR_FURTHER:%=$(COLOUR)/%/finished): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
+	$(LIT) fit --config $(COLOUR_CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(COLOUR)/evaluation_further/report.md: $(COLOUR_FURTHER:%=$(COLOUR)/%/samples.npz) \
+		$(COLOUR_FURTHER:%=$(COLOUR)/%_grid/samples.npz) $(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
+	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_further.yaml
 
 # One transformer over captions and pictures, on scikit-learn's digits: pairs drawn and read, and sums.
 BOTH_WAYS := chameleon transfusion
