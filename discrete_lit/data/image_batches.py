@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
@@ -245,10 +246,15 @@ def image_batch(samples: Sequence[LabelledSample], shape: tuple[int, int, int]) 
         samples: of the batch.
         shape: `(H, W, C)` of an image, for a batch of none.
     """
-    images = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
-    for sample, image in zip(samples, images, strict=True):
-        image[...] = sample.values
-    return {"image": torch.from_numpy(images).movedim(-1, -3), **label_batch(samples)}
+    return {"image": pixels_of(samples, shape).movedim(-1, -3), **label_batch(samples)}
+
+
+def pixels_of(samples: Sequence[LabelledSample], shape: tuple[int, ...]) -> Tensor:
+    """Put the pixels of samples into one uint8 tensor `(B, ..., C)`, which has `shape` for a batch of none."""
+    pixels = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
+    for row, sample in enumerate(samples):
+        pixels[row] = sample.values
+    return torch.from_numpy(pixels)
 
 
 def label_batch(samples: Sequence[LabelledSample]) -> Batch:

@@ -12,7 +12,7 @@ from discrete_lit.core.images import clip_size
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.clips import Clips, clip_uniform
-from discrete_lit.data.image_batches import EvaluationCrops, LabelledSample, SamplePipeline, label_batch
+from discrete_lit.data.image_batches import EvaluationCrops, LabelledSample, SamplePipeline, label_batch, pixels_of
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource
 from discrete_lit.data.media import VIDEOS
 from discrete_lit.data.transforms import MODES, center_crop, mirrored, random_crop
@@ -81,10 +81,8 @@ class VideoPipeline(SamplePipeline):
 
     def batch(self, samples: Sequence[LabelledSample]) -> Batch:
         """Make a batch: `{"video": uint8 (B, C, T, H, W) in 0..255, ...}`, the rest as `label_batch` says."""
-        pixels = np.empty((len(samples), *self.image_size, self.image_channels), dtype=np.uint8)
-        for row, sample in enumerate(samples):
-            pixels[row] = sample.values
-        return {"video": torch.from_numpy(pixels).movedim(-1, 1), **label_batch(samples)}
+        clips = pixels_of(samples, (*self.image_size, self.image_channels))
+        return {"video": clips.movedim(-1, 1), **label_batch(samples)}
 
     def _clip(self, data: bytes, uniform: float | None, cut: partial[np.ndarray]) -> np.ndarray:
         frames = read_frames(
