@@ -1,7 +1,8 @@
 """Beginning a run from the weights of another: what a new model takes, and what begins anew."""
 
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def read_start(path: str) -> dict[str, Any]:
         ) from error
 
 
-def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str) -> list[str]:
+def take_weights(
+    module: LightningModule, checkpoint: Mapping[str, Any], path: str, *, anew: Collection[str] = ()
+) -> list[str]:
     """Put the weights of a checkpoint into a new module, wherever it has weights of the same name and shape.
 
     What the checkpoint does not have begins as the module made it: a discriminator, counts for the revival of codes,
@@ -49,22 +52,29 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
         module: the new one; changed.
         checkpoint: as `read_checkpoint` gives it.
         path: its file, for messages.
+        anew: names of weights, or of modules with all theirs, that begin as the new module made them whatever the
+            checkpoint has.
 
     Returns:
         Lines that say how many weights were taken, which are new and which were left out.
 
     Raises:
-        ValueError: weights of another shape, none that fits, or weights that `load_weights` refuses.
+        ValueError: weights of another shape, none that fits, or weights that `load_weights` refuses; a name in `anew`
+            that the module does not have.
     """
     own, saved = module.state_dict(), checkpoint["state_dict"]
     # A generator's frozen parts are the configuration's; `check_tokenizer` compared the tokenizers before.
     frozen = tuple(f"{part}." for part in FROZEN_PARTS if hasattr(module, part))
     classes = _classes(checkpoint), getattr(module, "num_classes", None)
-    begun, new, wrong = dict(own), [], []
+    begun, new, wrong, misfits = dict(own), [], [], []
     mine = [name for name in own if not name.startswith(frozen)]
+    kept = {part: [name for name in mine if f"{name}.".startswith(f"{part}.")] for part in anew}
+    if unknown := [part for part, names in kept.items() if not names]:
+        raise ValueError(f"init_anew: this {type(module).__name__} has no weights named {', '.join(unknown)}")
+    begins_anew = {name for names in kept.values() for name in names}
     for name in mine:
         value, other = own[name], saved.get(name)
-        if name not in saved:
+        if name not in saved or name in begins_anew:
             new.append(name)
         elif not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.shape == value.shape:
             begun[name] = other
@@ -74,11 +84,13 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
             new.append(f"{name} ({classes[1]} classes in place of {classes[0]}; the row of the null label was taken)")
         else:
             wrong.append(f"{name} has shape {tuple(other.shape)} instead of {tuple(value.shape)}")
+            misfits.append(name)
     taken = len(mine) - len(new)
     if wrong:
         raise ValueError(
             f"init_from={path!r} does not fit this {type(module).__name__}: {_first(wrong)}. Weights may be missing "
-            "or left over, and the number of classes may be another, but not other sizes"
+            "or left over, and the number of classes may be another, but not other sizes; `--init_anew "
+            f"{json.dumps(_modules(misfits))}` begins without the checkpoint's there"
         )
     if not taken:
         raise ValueError(f"init_from={path!r} has no weight of this {type(module).__name__}: it is of another model")
@@ -116,6 +128,11 @@ def _is_class_table(own: Tensor, saved: Tensor, classes: tuple[int | None, int |
 def _first(problems: list[str]) -> str:
     more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
     return f"{'; '.join(problems[:_MOST_NAMED])}{more}"
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Name the modules that hold weights, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
 def _grouped(names: Iterable[str]) -> list[str]:

@@ -212,6 +212,13 @@ class TrainingCLI(LightningCLI):
                 "With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a model in the "
                 "configuration, the model is the checkpoint's.",
             )
+            parser.add_argument(
+                "--init_anew",
+                type=list[str],
+                default=[],
+                help="Beside --init_from, names of weights, or of modules, that begin new whatever the checkpoint has. "
+                "So begin the layers around another codebook: `'[network.encoder.6, network.decoder.0]'`, for one.",
+            )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
         skipped |= {"ckpt_path", "weights_only", "return_predictions"}
         self.command_settings = parser.add_method_arguments(Trainer, self.command, skip=skipped)
@@ -293,6 +300,8 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
             places = ", ".join(run.places())
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
+        if init_from is None and given.values.get("init_anew"):
+            raise ValueError("init_anew says what of init_from is left out, and there is no init_from")
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
             return init_from, read_start(init_from)
@@ -347,7 +356,7 @@ class TrainingCLI(LightningCLI):
             path = str(self.checkpoint_path)
             if self.init_from is not None:
                 check_tokenizer(self.model, self.checkpoint, path)
-                for line in take_weights(self.model, self.checkpoint, path):
+                for line in take_weights(self.model, self.checkpoint, path, anew=self.config.init_anew):
                     rank_zero_only(_log.info)(line)
             elif self.model_from_checkpoint:
                 # A generator compares its tokenizer with the data before Lightning restores the weights.

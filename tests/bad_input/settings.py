@@ -216,6 +216,7 @@ LINES = [
             ("ckpt_path", ""),
             ("ckpt_path", "none.ckpt"),
             ("init_from", "none.ckpt"),
+            ("init_anew", "[network]"),
             ("run_dir", ""),
             ("run_dir", "/proc/run"),
         )

@@ -21,7 +21,7 @@ from discrete_lit.core.trust import importable_from_here
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
 OPTIONS = {
-    "fit": TRAINING | {"init_from"},
+    "fit": TRAINING | {"init_from", "init_anew"},
     "validate": TRAINING | {"verbose"},
     "test": TRAINING | {"verbose"},
     "predict": TRAINING,

@@ -1,6 +1,7 @@
 """New runs from the weights of others: which are taken, which are new, and what is said of them."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from helpers import latent_generators
 from helpers.precision_cases import SIDE, convolutional
 from helpers.random_weights import randomise
-from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
+from helpers.tiny_runs import TOKENIZER, generator_settings, refusal, run, write_settings
 from lightning import Trainer
 from safetensors.torch import save_file
 
@@ -179,6 +180,41 @@ def test_another_resolution(positions: str) -> None:
     count = len(before.backbone.state_dict())
     assert f"took {count} of {count} weights" in said
     torch.testing.assert_close(now.backbone.state_dict(), before.backbone.state_dict())
+
+
+def test_layers_around_another_codebook(
+    tokenizer_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are named by the refusal, and begin new; all others are taken, also by a run that goes on in between."""
+    before = torch.load(tokenizer_checkpoint, weights_only=True)["state_dict"]
+    settings = copy.deepcopy(TOKENIZER)
+    settings["model"]["init_args"] |= {"levels": [4, 3, 2, 2], "optimizer": STILL}
+    settings["trainer"]["max_steps"] = 1
+    file = write_settings(tmp_path / "other.yaml", settings)
+    start = ("fit", "--config", file, "--run_dir", tmp_path / "run", "--init_from", tokenizer_checkpoint)
+    message = refusal(capfd, *start)
+    named = message.partition("`--init_anew ")[2].partition("`")[0]
+    assert json.loads(named), message
+    run(*start, "--init_anew", named, "--ckpt_path", "last")
+    after = weights_of(tmp_path / "run")["state_dict"]
+    of_other_shape = [name for name in after if after[name].shape != before[name].shape]
+    assert {name.rpartition(".")[0] for name in of_other_shape} == set(json.loads(named))
+    for name, value in after.items():
+        begins_new = name.startswith(tuple(json.loads(named)))
+        assert torch.equal(value, before[name]) != begins_new or not value.numel(), name
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(f"{name}." in said.partition("new: ")[2] for name in json.loads(named))
+
+    settings["init_from"], settings["init_anew"] = str(tokenizer_checkpoint), ["network.nowhere"]
+    wrong = write_settings(tmp_path / "wrong.yaml", settings)
+    for arguments, words in (
+        (
+            ("--config", wrong, "--run_dir", tmp_path / "wrong"),
+            "init_anew: this FSQ has no weights named network.nowhere",
+        ),
+        (("--config", file, "--init_anew", named), "there is no init_from"),
+    ):
+        assert words in refusal(capfd, "fit", *arguments)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
