@@ -34,6 +34,7 @@ from discrete_lit.diffusion.gaussian import (
     cosine_betas,
 )
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, LogitNormalTimes, TrainingTimes, variational_bound
+from discrete_lit.diffusion.noise_level import within_part
 from discrete_lit.diffusion.solvers import DDPM, EulerMaruyama, Noise, Solver
 
 # The last step of BitDance's sampler, and the smallest sigma that a velocity is divided by.
@@ -181,6 +182,8 @@ class TokenDiffusionHead(nn.Module):
         times: how times of training are drawn; uniformly by default.
         error_of: see `DenoisingLoss`.
         repeats: draws of time and noise for each vector and step of training; MAR has 4.
+        stratified: the uniform numbers of a vector's times come one from each of `repeats` equal parts of (0, 1), whose
+            mean loss has less noise (Kingma et al., "VDM", 2021, appendix I.1); MAR's come from anywhere.
         solver: how vectors are drawn.
         time_input: what the network reads where the path is in continuous time: `"noise"`, 1,000 t, or `"data"`,
             1,000 (1 - t), as networks whose authors count time from noise to data.
@@ -206,6 +209,7 @@ class TokenDiffusionHead(nn.Module):
         times: TrainingTimes | None = None,
         error_of: PredictionKind | None = None,
         repeats: int = 4,
+        stratified: bool = False,
         solver: Solver | None = None,
         time_input: Literal["noise", "data"] = "noise",
         scale: float = 1.0,
@@ -218,6 +222,7 @@ class TokenDiffusionHead(nn.Module):
         self.denoiser = denoiser or GaussianDenoiser(SteppedPath(cosine_betas()), learned_variance=True)
         self.objective = DenoisingLoss(self.denoiser, times=times, error_of=error_of)
         self.repeats = repeats
+        self.stratified = stratified
         self.solver = solver or DDPM(100)
         self.time_input: Literal["noise", "data"] = time_input
         self.scale = scale
@@ -244,6 +249,9 @@ class TokenDiffusionHead(nn.Module):
             noise: `(repeats, M, D)` standard normal.
         """
         data = (at_least_float32(data) / self.scale).expand(self.repeats, *data.shape).flatten(0, 1)
+        if self.stratified:
+            part = torch.arange(self.repeats, device=uniforms.device)[:, None]
+            uniforms = within_part(uniforms, part, parts=self.repeats)
         t, noise = self.objective.times(uniforms.flatten()), noise.flatten(0, 1).to(data.dtype)
         x_t = self.denoiser.path.add_noise(data, noise, t)
         projected = self.network.condition_projection(condition)

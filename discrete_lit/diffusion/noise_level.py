@@ -72,9 +72,12 @@ def stratified_times(random: CounterRandom, strata: int) -> Tensor:
     Returns:
         `(B, 1)` float64 in (0, 1).
     """
-    part = (random.indices % strata)[:, None].double()
-    times = (part + random.uniform(Purpose.MASK_RATIO, 1)) / strata
-    return times.clamp(max=1 - 2.0**-53)  # the sum may round up
+    return within_part(random.uniform(Purpose.MASK_RATIO, 1), (random.indices % strata)[:, None], parts=strata)
+
+
+def within_part(uniforms: Tensor, part: Tensor, *, parts: int) -> Tensor:
+    """Move numbers in (0, 1) into equal parts of it: each into its `part`, of 0 ... `parts` - 1; float64."""
+    return ((part + uniforms.double()) / parts).clamp(max=1 - 2.0**-53)  # the sum may round up
 
 
 # 2^64 over the golden ratio, odd, as a signed number: its multiples fill the circle evenly (Weyl).

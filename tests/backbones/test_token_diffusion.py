@@ -100,6 +100,32 @@ def test_the_scale_of_the_data_is_taken_out_and_put_back() -> None:
     )
 
 
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_stratified_times_lie_one_in_each_part(repeats: int) -> None:
+    """So a loss that is a known function of t has a mean with less noise, and the same expectation."""
+    denoiser = GaussianDenoiser(RectifiedPath(), prediction="velocity")
+    settings: dict[str, Any] = {**SMALL, "denoiser": denoiser, "repeats": repeats}
+    plain, stratified = TokenDiffusionHead(3, 5, **settings), TokenDiffusionHead(3, 5, stratified=True, **settings)
+    times: list[Tensor] = []
+    for head in (plain, stratified):
+        head.network.time_embedding.register_forward_hook(lambda _, inputs, __: times.append(inputs[0] / 1000))
+    rows = 500
+    draws: dict[str, Tensor] = {
+        "uniforms": CounterRandom(2, torch.arange(rows)).uniform(Purpose.DIFFUSION_TIME, repeats).T,
+        "noise": torch.zeros(repeats, rows, 3),
+    }
+    for head in (plain, stratified):
+        terms = head.losses(normal(rows, 5, 90), torch.ones(rows, 3), **draws)
+        assert all(term.shape == (rows,) for term in terms.values())
+    independent, spread = (t.view(repeats, rows) for t in times)
+    torch.testing.assert_close((spread * repeats).floor(), torch.arange(repeats)[:, None].expand(-1, rows).double())
+    assert bool((spread > 0).all() and (spread < 1).all())
+    deviations = [float(t.square().mean(dim=0).std()) for t in (independent, spread)]
+    assert deviations[1] == deviations[0] if repeats == 1 else deviations[1] < 0.4 * deviations[0]
+    errors = [float(t.square().mean() - 1 / 3) for t in (independent, spread)]
+    assert max(map(abs, errors)) < 4 * 0.3 / (repeats * rows) ** 0.5
+
+
 def test_a_new_head_predicts_nothing_and_passes_few_products() -> None:
     network = DenoisingMLP(4, 6, width=16, depth=4, modulations=2)
     x, condition = normal(3, 4, 0), normal(3, 6, 1)
