@@ -1,8 +1,9 @@
 """Everything that the backbones compute in a way of their own on a CPU, where PyTorch's way takes longer.
 
-Four kernels: linear layers with packed weights, large products of linear layers in training, RMSNorm with its gradients, and
-attention that is never in half precision while gradients are recorded. `enabled` is the one switch of them all. Without
-them the layers compute the same up to rounding, by the plain PyTorch that stands in `layers.py` and `blocks.py`.
+Four kernels: linear layers with packed weights, large products of linear layers in training, RMSNorm with its
+gradients, and attention that is never in half precision while gradients are recorded. `enabled` is the one switch of
+them all. Without them the layers compute the same up to rounding, by the plain PyTorch that stands in `layers.py` and
+`blocks.py`.
 """
 
 import os

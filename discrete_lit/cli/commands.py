@@ -3,6 +3,7 @@
 Only the asked command is imported, so that the list of commands, `--help` and `--version` answer at once.
 """
 
+import gc
 import importlib
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import takewhile
+from types import ModuleType
 
 from discrete_lit import __version__
 
@@ -159,11 +161,26 @@ def _run(command: str, arguments: list[str]) -> None:
     own = modules_of(named_by_user(given.get("model")))
     with importable_from_here([*trusted, *named_by_user(given)]), trusting(*trusted, *own):
         if command in TRAINING_COMMANDS:
-            from discrete_lit.cli.train import run_training
-
-            run_training(command, arguments)
+            _module("train").run_training(command, arguments)
         else:
             run_function(command, arguments)
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module of this package, without looking for garbage meanwhile.
+
+    PyTorch, Lightning and torchmetrics make half a million objects that stay. To look through them again and again
+    takes a sixth of the import, and a part of every search for garbage after it.
+    """
+    name = f"discrete_lit.cli.{name}"
+    if name in sys.modules or not gc.isenabled():
+        return importlib.import_module(name)
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -226,7 +243,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     for option in _REPEATED.get(name, ()):
         arguments = gathered(arguments, option)
     module, function_name = _FUNCTIONS.get(name, (name, name))
-    function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
+    function = getattr(_module(module), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]
     parser = ArgumentParser(
         prog=f"discrete-lit {name}",

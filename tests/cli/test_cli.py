@@ -128,6 +128,18 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'tokenize'?" in capsys.readouterr().err
 
 
+def test_nothing_looks_for_garbage_while_a_command_is_imported() -> None:
+    """That would take as long as a third of the import; what is imported is not looked through later either."""
+    script = (
+        "import gc; from discrete_lit.cli import commands; searches = []; "
+        "gc.callbacks.append(lambda phase, info: searches.append(phase)); commands._module('evaluate'); "
+        "gc.callbacks.clear(); frozen = gc.get_freeze_count(); commands._module('evaluate'); "
+        "print(len(searches), gc.isenabled(), frozen > 10000, gc.get_freeze_count() == frozen)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "True", "True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
