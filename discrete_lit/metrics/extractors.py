@@ -490,6 +490,7 @@ class EfficientNetLite0(FeatureExtractor):
             raise ValueError(f"{path!r} has SHA-256 {self.weights_sha256}, expected {EFFICIENTNET_SHA256}")
         self.network = load_network(path)
         fold_batch_norms(self.network)
+        fold_padding(self.network)
         self.network.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
@@ -555,3 +556,22 @@ def fold_batch_norms(module: nn.Module) -> None:
             setattr(module, name, child.act)
         else:
             fold_batch_norms(child)
+
+
+def fold_padding(module: nn.Module) -> None:
+    """Let every convolution of stride 2 pad both sides alike: the same features, without a copy of each padded image.
+
+    TensorFlow's padding, which this network has, is one more on the right than on the left where the side is even, as
+    it is at every such convolution of 224 pixels. A kernel with zeros in front, a row and a column, starts one later.
+    """
+    from timm.layers import Conv2dSame
+
+    for name, child in list(module.named_children()):
+        if isinstance(child, Conv2dSame):
+            (size, _), (stride, _) = child.kernel_size, child.stride
+            assert stride == 2 and size % 2, child
+            folded = nn.Conv2d(child.in_channels, child.out_channels, size + 1, 2, size // 2, groups=child.groups)
+            folded.weight, folded.bias = nn.Parameter(F.pad(child.weight.detach(), (1, 0, 1, 0))), child.bias
+            setattr(module, name, folded)
+        else:
+            fold_padding(child)
