@@ -97,6 +97,14 @@ def test_discon_is_given_the_masked_generator_of_its_seed(steps: list[str]) -> N
         assert masked < discon and "discrete.init_args" not in steps[masked]
 
 
+def test_mar_and_discon_train_on_as_many_draws_of_time(steps: list[str]) -> None:
+    fits = [step for step in steps if re.search(r"--run_dir \S+/seed_\d/(mar|discon) ", step)]
+    assert len(fits) == 6
+    assert {tuple(re.findall(r"\.head\.init_args\.(\S+ \S+)", step)) for step in fits} == {
+        ("repeats 4", "stratified true")
+    }
+
+
 def test_there_is_no_likelihood_of_latents() -> None:
     """A density of latents compares with no probability of ids."""
     assert not set(ROWS) & set(COMPARISON["likelihoods"])

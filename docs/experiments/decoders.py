@@ -5,11 +5,12 @@
 The quickstart's FSQ ids (49 ids of 512 values) are decoded by the tokenizer's own decoder, by diffusion over pixels
 given the ids (`lightning_configs/quickstart/decoder.yaml`), by diffusion of the residual, which is the image minus the
 tokenizer's own reconstruction, and by DisCon, which draws KL latents given the ids and the class (`discon.yaml`). A
-fifth is trained by the consistency objective, for one network call or a few, and a sixth is diffusion over pixels by a
-U-Net (`decoder_unet.yaml`). Needs `make quickstart`, then the KL tokenizer and its scale, which `make comparison`
-makes, and matplotlib. Finished runs, images and reports are kept: the command goes on where it stopped.
+fifth is trained by the consistency objective, for one network call or a few, a sixth is diffusion over pixels by a
+U-Net (`decoder_unet.yaml`), and a seventh is distilled from that (`decoder_distilled.yaml`). Needs `make quickstart`,
+then the KL tokenizer and its scale, which `make comparison` makes, and matplotlib. Finished runs, images and
+reports are kept: the command goes on where it stopped.
 
-  python docs/experiments/decoders.py --calls diffusion_unet consistency
+  python docs/experiments/decoders.py --calls diffusion_unet distilled consistency
 
 measures these by network calls and true ids alone, which needs the tokenizer of `make quickstart`, and writes no page.
 """
@@ -53,19 +54,24 @@ RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "DisCon": (("discon",), {}),
     "consistency": (("decoder", "decoder_consistency"), {}),
     "diffusion_unet": (("decoder_unet",), {}),
+    "distilled": (("decoder_unet", "decoder_distilled"), {}),
 }
+TEACHER = {"distilled": "diffusion_unet"}
 TABLE = (OWN, "diffusion", "residual", "DisCon")
-ON_THE_PAGE = ("diffusion", "residual", "DisCon", "consistency", "diffusion_unet")
+ON_THE_PAGE = ("diffusion", "residual", "DisCon", "consistency", "diffusion_unet", "distilled")
 KINDS = ("true", "sampled", "shuffled")
 # Steps of Euler in the table, and the network calls of the figure.
 STEPS = {"diffusion": 20, "residual": 20}
 FEW, MANY = (1, 2, 4), (1, 2, 4, 8, 20)
-CALLS = {"diffusion": MANY, "residual": MANY, "consistency": FEW, "diffusion_unet": MANY}
+CALLS = {"diffusion": MANY, "residual": MANY, "consistency": FEW, "diffusion_unet": MANY, "distilled": FEW}
+CONSISTENCY = ("consistency", "distilled")
 
 
 def train(name: str, batches: int | None, folder: Path) -> Path:
-    """The checkpoint of a decoder."""
+    """The checkpoint of a decoder; that of its teacher is made first."""
     recipes, settings = RECIPES[name]
+    if name in TEACHER:
+        settings = settings | {"model.init_args.teacher": train(TEACHER[name], batches, folder)}
     if batches is not None:
         settings = settings | {
             "model.init_args.scheduler.init_args.total_steps": batches,
@@ -124,7 +130,7 @@ def decoding(name: str, checkpoint: Path | None, calls: int | None) -> Callable[
         return lambda ids, labels, numbers, seed: decoder.tokenizer.decode(
             decoder.draw(labels, CounterRandom(seed, numbers), tokens=ids).tokens
         )
-    solver = None if calls is None else (ConsistencySampler if name == "consistency" else Euler)(calls)
+    solver = None if calls is None else (ConsistencySampler if name in CONSISTENCY else Euler)(calls)
     sampler = None if solver is None else GuidedSolver(solver)
     return lambda ids, labels, numbers, seed: decoder.decode(ids, sampler=sampler, seed=seed, indices=numbers)
 
@@ -344,7 +350,8 @@ def main() -> None:
         *(f"| {name} | {minutes.get(name, '')} | {1000 * seconds[name]:.1f} |" for name in TABLE),
         "",
         f"{metric} against network calls, true ids, one seed of the noise. The consistency decoder took "
-        f"{minutes['consistency']} minutes to train, the U-Net {minutes['diffusion_unet']}.",
+        f"{minutes['consistency']} minutes to train, the U-Net {minutes['diffusion_unet']}, and what is distilled from "
+        f"that {minutes['distilled']} more.",
         "",
         f"| network calls | {' | '.join(map(str, ticks))} |",
         f"|:--|{'--:|' * len(ticks)}",

@@ -67,6 +67,8 @@ def run(arguments: Sequence[str]) -> None:
 def compared_samples(recipe: Path, folder: Path, *, seed: int, batches: int) -> Path:
     """Train by a recipe and draw 1,000 images as `make comparison` does, unless the folder holds that already.
 
+    All draws of time of the recipe are taken, of which `make comparison` saves some.
+
     Returns:
         The samples.
     """
