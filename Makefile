@@ -21,7 +21,7 @@ SEEDED := masked autoregressive
 BFLOAT16 := $(shell grep -om1 'avx512_bf16\|amx_bf16' /proc/cpuinfo 2>/dev/null)
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour colour-further learned-colour-further quickstart-digits learned-digits digits-settings quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour colour-further learned-colour-further colour-hybrids learned-colour-hybrids quickstart-digits learned-digits digits-settings quickstart-emoji quickstart-audio learned-audio quickstart-video learned-video seeded comparison comparison-samplers comparison-further drawn drawn-otherwise drawn-further test test-slow bad-input kills wheels lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -211,6 +211,46 @@ $(COLOUR_FURTHER:%=$(COLOUR)/%/finished): $(COLOUR)/%/finished: $(COLOUR)/tokeni
 $(COLOUR)/evaluation_further/report.md: $(COLOUR_FURTHER:%=$(COLOUR)/%/samples.npz) \
 		$(COLOUR_FURTHER:%=$(COLOUR)/%_grid/samples.npz) $(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_further.yaml
+
+# Hybrids of ids and continuous latents. What is not rounded to ids begins from the tokenizer's weights all the same.
+COLOUR_HYBRIDS := tokenbridge discon hart
+COLOUR_DRAWN := $(COLOUR_HYBRIDS) masked masked_decoder_unet
+
+colour-hybrids: $(COLOUR)/tokenizer/finished ## TokenBridge, DisCon, HART and a diffusion decoder on the same emoji, behind quickstart-colour
+	$(MAKE) --jobs 2 learned-colour-hybrids OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(COLOUR)/evaluation_hybrids/report.md
+	@echo
+	@cat $(COLOUR)/evaluation_hybrids/report.md
+	@echo
+	@echo "pictures:     $(COLOUR_DRAWN:%=$(COLOUR)/%_grid/grid.png)"
+	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+
+# In turn: what another waits for, then what takes longest.
+learned-colour-hybrids: $(COLOUR)/masked/finished $(COLOUR)/tokenizer_kl/scaled.ckpt $(COLOUR)/tokenizer_hybrid/finished \
+	$(COLOUR)/decoder_unet/finished $(COLOUR_HYBRIDS:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
+
+$(COLOUR)/tokenizer_kl/finished $(COLOUR)/tokenizer_multi_scale/finished: $(COLOUR)/tokenizer/finished
+$(COLOUR)/tokenizer_hybrid/finished: $(COLOUR)/tokenizer_multi_scale/finished
+$(COLOUR)/tokenbridge/finished $(COLOUR)/discon/finished: $(COLOUR)/tokenizer_kl/scaled.ckpt
+$(COLOUR)/discon/finished: $(COLOUR)/masked/finished
+$(COLOUR)/hart/finished: $(COLOUR)/tokenizer_hybrid/finished
+$(COLOUR)/decoder_unet/finished: $(COLOUR)/tokenizer/finished
+
+$(COLOUR)/tokenizer_kl/scaled.ckpt: $(COLOUR)/tokenizer_kl/finished
+	$(LIT) measure_latents --config $(COLOUR_CONFIGS)/latents_scale.yaml
+
+$(patsubst %,$(COLOUR)/%/finished,$(COLOUR_HYBRIDS) decoder_unet): $(COLOUR)/%/finished:
+	$(LIT) fit --config $(COLOUR_CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(COLOUR)/masked_decoder_unet/samples.npz $(COLOUR)/masked_decoder_unet_grid/samples.npz: $(COLOUR)/masked_decoder_unet%samples.npz: \
+		$(COLOUR)/masked/finished $(COLOUR)/decoder_unet/finished
+	$(LIT) sample --config $(COLOUR_CONFIGS)/$(if $(filter _grid/,$*),grid,sample).yaml --ckpt_path $(<D)/checkpoints/last.ckpt \
+		--decoder $(COLOUR)/decoder_unet/checkpoints/last.ckpt --output $(@D)
+
+$(COLOUR)/evaluation_hybrids/report.md: $(COLOUR_DRAWN:%=$(COLOUR)/%/samples.npz) $(COLOUR_DRAWN:%=$(COLOUR)/%_grid/samples.npz) \
+		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
+	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_hybrids.yaml
 
 # One transformer over captions and pictures, on scikit-learn's digits: pairs drawn and read, and sums.
 BOTH_WAYS := chameleon transfusion

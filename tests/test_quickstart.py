@@ -20,6 +20,7 @@ TABLES = {
     f"{GREY}/evaluate_seeds.yaml": "runs/quickstart/evaluation_seeds/report.md",
     f"{COLOUR}/evaluate.yaml": "runs/quickstart_colour/evaluation/report.md",
     f"{COLOUR}/evaluate_further.yaml": "runs/quickstart_colour/evaluation_further/report.md",
+    f"{COLOUR}/evaluate_hybrids.yaml": "runs/quickstart_colour/evaluation_hybrids/report.md",
 }
 
 
