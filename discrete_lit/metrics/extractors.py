@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from einops import rearrange
@@ -564,10 +564,11 @@ def fold_padding(module: nn.Module) -> None:
     TensorFlow's padding, which this network has, is one more on the right than on the left where the side is even, as
     it is at every such convolution of 224 pixels. A kernel with zeros in front, a row and a column, starts one later.
     """
-    from timm.layers import Conv2dSame
+    from timm.layers.conv2d_same import Conv2dSame
 
+    padded_by_itself = cast(type[nn.Conv2d], Conv2dSame)  # timm says no types
     for name, child in list(module.named_children()):
-        if isinstance(child, Conv2dSame):
+        if isinstance(child, padded_by_itself):
             (size, _), (stride, _) = child.kernel_size, child.stride
             assert stride == 2 and size % 2, child
             folded = nn.Conv2d(child.in_channels, child.out_channels, size + 1, 2, size // 2, groups=child.groups)
