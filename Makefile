@@ -191,39 +191,23 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
 # Generators of latents: of what the tokenizer has before its codebook, which then rounds what they draw.
-COLOUR_FURTHER := ldm dit mar xar
-
-colour-further: $(COLOUR)/tokenizer/finished ## generators of latents on the same emoji, 18 minutes on 2 cores behind quickstart-colour
-	$(MAKE) --jobs 2 learned-colour-further OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
-	$(MAKE) $(COLOUR)/evaluation_further/report.md
-	@echo
-	@cat $(COLOUR)/evaluation_further/report.md
-	@echo
-	@echo "pictures:     $(COLOUR_FURTHER:%=$(COLOUR)/%_grid/grid.png)"
-	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
-
-learned-colour-further: $(COLOUR_FURTHER:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
-
-$(COLOUR_FURTHER:%=$(COLOUR)/%/finished): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
-	$(LIT) fit --config $(COLOUR_CONFIGS)/$*.yaml --ckpt_path last
-	@touch $@
-
-$(COLOUR)/evaluation_further/report.md: $(COLOUR_FURTHER:%=$(COLOUR)/%/samples.npz) \
-		$(COLOUR_FURTHER:%=$(COLOUR)/%_grid/samples.npz) $(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
-	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_further.yaml
-
+COLOUR_further := ldm dit mar xar
 # Hybrids of ids and continuous latents. What is not rounded to ids begins from the tokenizer's weights all the same.
 COLOUR_HYBRIDS := tokenbridge discon hart
-COLOUR_DRAWN := $(COLOUR_HYBRIDS) masked masked_decoder_unet
+COLOUR_hybrids := $(COLOUR_HYBRIDS) masked masked_decoder_unet
 
-colour-hybrids: $(COLOUR)/tokenizer/finished ## TokenBridge, DisCon, HART and a diffusion decoder on the same emoji, behind quickstart-colour
-	$(MAKE) --jobs 2 learned-colour-hybrids OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
-	$(MAKE) $(COLOUR)/evaluation_hybrids/report.md
+colour-further: ## generators of latents on the same emoji, 18 minutes on 2 cores behind quickstart-colour
+colour-hybrids: ## TokenBridge, DisCon, HART and a diffusion decoder on the same emoji, behind quickstart-colour
+colour-further colour-hybrids: colour-%: $(COLOUR)/tokenizer/finished
+	$(MAKE) --jobs 2 learned-$@ OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(COLOUR)/evaluation_$*/report.md
 	@echo
-	@cat $(COLOUR)/evaluation_hybrids/report.md
+	@cat $(COLOUR)/evaluation_$*/report.md
 	@echo
-	@echo "pictures:     $(COLOUR_DRAWN:%=$(COLOUR)/%_grid/grid.png)"
+	@echo "pictures:     $(COLOUR_$*:%=$(COLOUR)/%_grid/grid.png)"
 	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+
+learned-colour-further: $(COLOUR_further:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
 
 # In turn: what another waits for, then what takes longest.
 learned-colour-hybrids: $(COLOUR)/masked/finished $(COLOUR)/tokenizer_kl/scaled.ckpt $(COLOUR)/tokenizer_hybrid/finished \
@@ -234,12 +218,12 @@ $(COLOUR)/tokenizer_hybrid/finished: $(COLOUR)/tokenizer_multi_scale/finished
 $(COLOUR)/tokenbridge/finished $(COLOUR)/discon/finished: $(COLOUR)/tokenizer_kl/scaled.ckpt
 $(COLOUR)/discon/finished: $(COLOUR)/masked/finished
 $(COLOUR)/hart/finished: $(COLOUR)/tokenizer_hybrid/finished
-$(COLOUR)/decoder_unet/finished: $(COLOUR)/tokenizer/finished
 
 $(COLOUR)/tokenizer_kl/scaled.ckpt: $(COLOUR)/tokenizer_kl/finished
 	$(LIT) measure_latents --config $(COLOUR_CONFIGS)/latents_scale.yaml
 
-$(patsubst %,$(COLOUR)/%/finished,$(COLOUR_HYBRIDS) decoder_unet): $(COLOUR)/%/finished:
+# They read images, and need no arrays of tokens.
+$(patsubst %,$(COLOUR)/%/finished,$(COLOUR_further) $(COLOUR_HYBRIDS) decoder_unet): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
 	$(LIT) fit --config $(COLOUR_CONFIGS)/$*.yaml --ckpt_path last
 	@touch $@
 
@@ -248,9 +232,14 @@ $(COLOUR)/masked_decoder_unet/samples.npz $(COLOUR)/masked_decoder_unet_grid/sam
 	$(LIT) sample --config $(COLOUR_CONFIGS)/$(if $(filter _grid/,$*),grid,sample).yaml --ckpt_path $(<D)/checkpoints/last.ckpt \
 		--decoder $(COLOUR)/decoder_unet/checkpoints/last.ckpt --output $(@D)
 
-$(COLOUR)/evaluation_hybrids/report.md: $(COLOUR_DRAWN:%=$(COLOUR)/%/samples.npz) $(COLOUR_DRAWN:%=$(COLOUR)/%_grid/samples.npz) \
+define coloured
+$(COLOUR)/evaluation_$(1)/report.md: $(COLOUR_$(1):%=$(COLOUR)/%/samples.npz) $(COLOUR_$(1):%=$(COLOUR)/%_grid/samples.npz) \
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
-	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_hybrids.yaml
+	$$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate_$(1).yaml
+
+endef
+
+$(foreach part,further hybrids,$(eval $(call coloured,$(part))))
 
 # One transformer over captions and pictures, on scikit-learn's digits: pairs drawn and read, and sums.
 BOTH_WAYS := chameleon transfusion
