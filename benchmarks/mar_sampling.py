@@ -11,7 +11,9 @@ and the same draws of the head, on inputs and noise that are there. A round of b
 and `--steps` make fewer passes of the network, and steps of the head.
 
 Measured on 28 November 2026, 1 thread of an AMD EPYC that had much other work, so by processor time, 3 rounds: the head
-takes 1.18 times its products at 4 places, 1.21 times at 16. The sampler was not measured.
+takes 1.18 times its products at 4 places, 1.21 times at 16. On 30 November, 2 threads of the same with nothing beside
+them, `--rounds 2 --passes 16 --steps 25`: 1.18 times at 4, 1.16 at 16, 1.10 at 64, and the sampler takes 0.95 times its
+passes.
 """
 
 import argparse
@@ -136,13 +138,12 @@ def measure_sampler(head: TokenDiffusionHead, images: int, passes: int, rounds: 
     calls = CountedCalls(head)
     sampler(network, head, Condition(labels=labels), CounterRandom(0, labels))
     heads = sum(kind.__name__ == "sample" for kind, *_ in bare.calls)
+    each_step = calls.count / heads / head.solver.steps  # of this draw: those that are timed count too
     taken = alternate(
         {"sampler": lambda: sampler(network, head, labels, CounterRandom(0, labels)), "passes": bare}, rounds, warmup=0
     )
     print(f"\nMAR-B, {images} images, {passes} passes, {head.solver.steps} steps of the head in each")
-    print(
-        f"  calls of the head's network in a step with guidance: {calls.count / heads / head.solver.steps:g}; target 1"
-    )
+    print(f"  calls of the head's network in a step with guidance: {each_step:g}; target 1")
     for arm, times in taken.items():
         print(f"  {arm:9s} {milliseconds(times)}")
     print(f"  sampler / passes {ratio(taken['sampler'], taken['passes'], 'at most 1.1')}")
