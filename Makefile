@@ -213,14 +213,13 @@ learned-colour-further: $(COLOUR_further:%=$(COLOUR)/%/finished) $(COLOUR)/class
 learned-colour-hybrids: $(COLOUR)/masked/finished $(COLOUR)/tokenizer_kl/scaled.ckpt $(COLOUR)/tokenizer_hybrid/finished \
 	$(COLOUR)/decoder_unet/finished $(COLOUR_HYBRIDS:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
 
+# All weights but those of the two layers around the codebook.
 $(COLOUR)/tokenizer_kl/finished $(COLOUR)/tokenizer_multi_scale/finished: $(COLOUR)/tokenizer/finished
-$(COLOUR)/tokenizer_hybrid/finished: $(COLOUR)/tokenizer_multi_scale/finished
+$(COLOUR)/tokenizer_kl/finished $(COLOUR)/tokenizer_multi_scale/finished: private GIVEN := \
+	--init_from $(COLOUR)/tokenizer/checkpoints/last.ckpt --init_anew '[network.encoder.9, network.decoder.0]'
 $(COLOUR)/tokenbridge/finished $(COLOUR)/discon/finished: $(COLOUR)/tokenizer_kl/scaled.ckpt
 $(COLOUR)/discon/finished: $(COLOUR)/masked/finished
 $(COLOUR)/hart/finished: $(COLOUR)/tokenizer_hybrid/finished
-
-$(COLOUR)/tokenizer_kl/scaled.ckpt: $(COLOUR)/tokenizer_kl/finished
-	$(LIT) measure_latents --config $(COLOUR_CONFIGS)/latents_scale.yaml
 
 # They read images, and need no arrays of tokens.
 $(patsubst %,$(COLOUR)/%/finished,$(COLOUR_further) $(COLOUR_HYBRIDS) decoder_unet): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
@@ -476,15 +475,11 @@ endef
 
 $(foreach number,$(COMPARED_SEEDS),$(eval $(call compared,$(number))))
 
-$(RUNS)/tokenizer_kl/scaled.ckpt: $(RUNS)/tokenizer_kl/finished
-	$(LIT) measure_latents --config $(CONFIGS)/latents_scale.yaml
-
 $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.json: $(RUNS)/tokenizer_kl/scaled.ckpt
 	rm -rf $(@D)
 	$(LIT) tokenize --config $(CONFIGS)/latents.yaml --split $* --output $(@D)
 
-# HART's tokenizer begins with the multi-scale one, and its generator reads images.
-$(RUNS)/tokenizer_hybrid/finished: $(RUNS)/tokenizer_multi_scale/finished
+# HART's generator reads images.
 $(RUNS)/hart/finished: $(RUNS)/tokenizer_hybrid/finished
 
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
@@ -518,8 +513,14 @@ $(1)/tokenizer/finished: $(SHARDS:%=$(1)/shards/%/manifest.json)
 	@touch $$@
 
 $(1)/tokenizer_%/finished: $(SHARDS:%=$(1)/shards/%/manifest.json)
-	$$(LIT) fit --config $(2)/tokenizer_$$*.yaml --ckpt_path last
+	$$(LIT) fit --config $(2)/tokenizer_$$*.yaml $$(GIVEN) --ckpt_path last
 	@touch $$@
+
+# HART's begins with the multi-scale one.
+$(1)/tokenizer_hybrid/finished: $(1)/tokenizer_multi_scale/finished
+
+$(1)/tokenizer_kl/scaled.ckpt: $(1)/tokenizer_kl/finished
+	$$(LIT) measure_latents --config $(2)/latents_scale.yaml
 
 $(1)/tokens/%/manifest.json: $(1)/tokenizer/finished
 	$$(call tokenize,$(2),$$*)

@@ -66,15 +66,16 @@ def take_weights(
     # A generator's frozen parts are the configuration's; `check_tokenizer` compared the tokenizers before.
     frozen = tuple(f"{part}." for part in FROZEN_PARTS if hasattr(module, part))
     classes = _classes(checkpoint), getattr(module, "num_classes", None)
-    begun, new, wrong, misfits = dict(own), [], [], []
+    begun, new = dict(own), []
+    wrong: dict[str, str] = {}
     mine = [name for name in own if not name.startswith(frozen)]
-    kept = {part: [name for name in mine if f"{name}.".startswith(f"{part}.")] for part in anew}
-    if unknown := [part for part, names in kept.items() if not names]:
+    begin_anew = {name for name in mine if any(_is_of(name, part) for part in anew)}
+    if unknown := [part for part in anew if not any(_is_of(name, part) for name in mine)]:
         raise ValueError(f"init_anew: this {type(module).__name__} has no weights named {', '.join(unknown)}")
-    begins_anew = {name for names in kept.values() for name in names}
+    offered = saved.keys() - begin_anew
     for name in mine:
         value, other = own[name], saved.get(name)
-        if name not in saved or name in begins_anew:
+        if name not in offered:
             new.append(name)
         elif not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.shape == value.shape:
             begun[name] = other
@@ -83,21 +84,20 @@ def take_weights(
             begun[name][-1] = other[-1].to(value.dtype)
             new.append(f"{name} ({classes[1]} classes in place of {classes[0]}; the row of the null label was taken)")
         else:
-            wrong.append(f"{name} has shape {tuple(other.shape)} instead of {tuple(value.shape)}")
-            misfits.append(name)
+            wrong[name] = f"{name} has shape {tuple(other.shape)} instead of {tuple(value.shape)}"
     taken = len(mine) - len(new)
     if wrong:
         raise ValueError(
-            f"init_from={path!r} does not fit this {type(module).__name__}: {_first(wrong)}. Weights may be missing "
-            "or left over, and the number of classes may be another, but not other sizes; `--init_anew "
-            f"{json.dumps(_modules(misfits))}` begins without the checkpoint's there"
+            f"init_from={path!r} does not fit this {type(module).__name__}: {_first(list(wrong.values()))}. Weights "
+            "may be missing or left over, and the number of classes may be another, but not other sizes; `--init_anew "
+            f"{json.dumps(_modules(wrong))}` begins without the checkpoint's there"
         )
     if not taken:
         raise ValueError(f"init_from={path!r} has no weight of this {type(module).__name__}: it is of another model")
     load_weights(module, {**checkpoint, "state_dict": begun}, path)
     for name, part in module.named_modules():
-        if isinstance(part, Codebook) and f"{name}.codes" in saved:
-            part.go_on_from_codes({own_name for own_name in part.state_dict() if f"{name}.{own_name}" not in saved})
+        if isinstance(part, Codebook) and f"{name}.codes" in offered:
+            part.go_on_from_codes({own_name for own_name in part.state_dict() if f"{name}.{own_name}" not in offered})
     lines = [f"init_from {path}: took {taken} of {len(mine)} weights{_source(checkpoint)}"]
     left = [printable(name) for name in saved if name not in own and not name.startswith(frozen)]
     staged: Any = module
@@ -128,6 +128,11 @@ def _is_class_table(own: Tensor, saved: Tensor, classes: tuple[int | None, int |
 def _first(problems: list[str]) -> str:
     more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
     return f"{'; '.join(problems[:_MOST_NAMED])}{more}"
+
+
+def _is_of(name: str, part: str) -> bool:
+    """Say whether a weight has a name, or is of the module that has it."""
+    return f"{name}.".startswith(f"{part}.")
 
 
 def _modules(names: Iterable[str]) -> list[str]:

@@ -277,6 +277,8 @@ class TrainingCLI(LightningCLI):
         """
         path, folder, init_from = (given.values.get(name) for name in ("ckpt_path", "run_dir", "init_from"))
         path, init_from = (None if name == "null" else name for name in (path, init_from))
+        if init_from is None and given.values.get("init_anew"):
+            raise ValueError("init_anew says what of init_from is left out, and there is no init_from")
         if path is not None and path != "last":
             checkpoint = read_checkpoint(path)
             if init_from is not None:
@@ -300,8 +302,6 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
             places = ", ".join(run.places())
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
-        if init_from is None and given.values.get("init_anew"):
-            raise ValueError("init_anew says what of init_from is left out, and there is no init_from")
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
             return init_from, read_start(init_from)

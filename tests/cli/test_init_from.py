@@ -243,6 +243,18 @@ def test_codes_that_are_taken_stay(init: Any) -> None:
     torch.testing.assert_close(codes, kept, rtol=0.0, atol=0.2 * float(kept.std()))
 
 
+def test_codes_that_begin_anew_are_not_taken_for_old_ones() -> None:
+    """A codebook that is named starts from the data, as that of a new run does."""
+    before = randomise(VQVAE(convolutional, 8, code_dim=3, codebook_update="gradient", codebook_init="uniform"), 0.5)
+    now = VQVAE(convolutional, 8, code_dim=3, codebook_init="kmeans", decay=0.9999).train()
+    take_weights(now, checkpoint_of(before), "before.ckpt", anew=["quantizer.codebook"])
+    torch.testing.assert_close(now.network.state_dict(), before.network.state_dict())
+    codes = now.quantizer.codebook.codes.clone()
+    assert not torch.equal(codes, before.quantizer.codebook.codes)
+    now.reconstruct(torch.rand(1, 3, SIDE, SIDE) * 2 - 1)
+    assert (now.quantizer.codebook.codes - codes).abs().max() > 0.01
+
+
 def test_a_first_stage_does_not_replace_what_was_taken() -> None:
     make = partial(HybridVQ, convolutional, 8, code_dim=3, scales=[1, 2, 8])
     before, now = randomise(make(), 0.5), make(first_stage="nowhere.ckpt")
