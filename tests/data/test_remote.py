@@ -78,17 +78,17 @@ class Handler(BaseHTTPRequestHandler):
         if start >= len(server.content):
             self.send_error(416)
             return
-        body = server.content[start:stop]
+        whole = server.content[start:stop]
+        body = whole[: len(whole) // 3] if kind in ("drop", "stall") else whole
+        # Before the header: a probe reads no further, and may look at once.
+        server.count(len(body))
         self.send_response(206 if ranged else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(whole)))
         self.send_header("ETag", server.version)
         if ranged:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(server.content)}")
-        self.end_headers()
-        body = body[: len(body) // 3] if kind in ("drop", "stall") else body
-        # Before it is sent: whoever has it all may look at once.
-        server.count(len(body))
         try:
+            self.end_headers()
             self.wfile.write(body)
         except OSError:  # whoever asked has seen enough
             server.count(-len(body))
