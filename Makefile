@@ -191,10 +191,10 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
 # Generators of latents: of what the tokenizer has before its codebook, which then rounds what they draw.
-COLOUR_further := ldm dit mar xar
+COLOUR_further := ldm dit mar causal_mar xar
 # Hybrids of ids and continuous latents. What is not rounded to ids begins from the tokenizer's weights all the same.
-COLOUR_HYBRIDS := tokenbridge discon hart
-COLOUR_hybrids := $(COLOUR_HYBRIDS) masked masked_decoder_unet
+COLOUR_HYBRIDS := tokenbridge hart discon
+COLOUR_hybrids := $(COLOUR_HYBRIDS) masked masked_decoder
 
 colour-further: ## generators of latents on the same emoji, 18 minutes on 2 cores behind quickstart-colour
 colour-hybrids: ## TokenBridge, DisCon, HART and a diffusion decoder on the same emoji, behind quickstart-colour
@@ -211,25 +211,25 @@ learned-colour-further: $(COLOUR_further:%=$(COLOUR)/%/finished) $(COLOUR)/class
 
 # In turn: what another waits for, then what takes longest.
 learned-colour-hybrids: $(COLOUR)/masked/finished $(COLOUR)/tokenizer_kl/scaled.ckpt $(COLOUR)/tokenizer_hybrid/finished \
-	$(COLOUR)/decoder_unet/finished $(COLOUR_HYBRIDS:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
+	$(COLOUR_HYBRIDS:%=$(COLOUR)/%/finished) $(COLOUR)/decoder/finished $(COLOUR)/classifier/finished
 
 # All weights but those of the two layers around the codebook.
 $(COLOUR)/tokenizer_kl/finished $(COLOUR)/tokenizer_multi_scale/finished: $(COLOUR)/tokenizer/finished
 $(COLOUR)/tokenizer_kl/finished $(COLOUR)/tokenizer_multi_scale/finished: private GIVEN := \
 	--init_from $(COLOUR)/tokenizer/checkpoints/last.ckpt --init_anew '[network.encoder.9, network.decoder.0]'
-$(COLOUR)/tokenbridge/finished $(COLOUR)/discon/finished: $(COLOUR)/tokenizer_kl/scaled.ckpt
+$(COLOUR)/tokenbridge/finished $(COLOUR)/discon/finished $(COLOUR)/decoder/finished: $(COLOUR)/tokenizer_kl/scaled.ckpt
 $(COLOUR)/discon/finished: $(COLOUR)/masked/finished
 $(COLOUR)/hart/finished: $(COLOUR)/tokenizer_hybrid/finished
 
 # They read images, and need no arrays of tokens.
-$(patsubst %,$(COLOUR)/%/finished,$(COLOUR_further) $(COLOUR_HYBRIDS) decoder_unet): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
+$(patsubst %,$(COLOUR)/%/finished,$(COLOUR_further) $(COLOUR_HYBRIDS) decoder): $(COLOUR)/%/finished: $(COLOUR)/tokenizer/finished
 	$(LIT) fit --config $(COLOUR_CONFIGS)/$*.yaml --ckpt_path last
 	@touch $@
 
-$(COLOUR)/masked_decoder_unet/samples.npz $(COLOUR)/masked_decoder_unet_grid/samples.npz: $(COLOUR)/masked_decoder_unet%samples.npz: \
-		$(COLOUR)/masked/finished $(COLOUR)/decoder_unet/finished
+$(COLOUR)/masked_decoder/samples.npz $(COLOUR)/masked_decoder_grid/samples.npz: $(COLOUR)/masked_decoder%samples.npz: \
+		$(COLOUR)/masked/finished $(COLOUR)/decoder/finished
 	$(LIT) sample --config $(COLOUR_CONFIGS)/$(if $(filter _grid/,$*),grid,sample).yaml --ckpt_path $(<D)/checkpoints/last.ckpt \
-		--decoder $(COLOUR)/decoder_unet/checkpoints/last.ckpt --output $(@D)
+		--decoder $(COLOUR)/decoder/checkpoints/last.ckpt --output $(@D)
 
 define coloured
 $(COLOUR)/evaluation_$(1)/report.md: $(COLOUR_$(1):%=$(COLOUR)/%/samples.npz) $(COLOUR_$(1):%=$(COLOUR)/%_grid/samples.npz) \

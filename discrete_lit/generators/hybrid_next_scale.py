@@ -159,13 +159,13 @@ class HybridNextScale(LatentGenerator):
         mask = batch.get("context_mask")
         return Condition(labels=labels, context=batch["context"], context_mask=None if mask is None else mask.bool())
 
-    def check_scale(self, latents: Tensor) -> None:
+    def check_scale(self, data: Tensor) -> None:
         """Raise a ValueError where the residuals of the first batch have another deviation than about the head's
         `scale`, which its noise takes for granted."""
         if not self._unchecked:
             return
-        tokens = self.quantizer.encode(rearrange(latents, "b d h w -> b h w d"))
-        residual = latents - self.quantizer.before_residual(tokens)
+        tokens = self.quantizer.encode(rearrange(data, "b d h w -> b h w d"))
+        residual = data - self.quantizer.before_residual(tokens)
         deviation = float(residual.double().square().mean().sqrt())
         if scale_complaint(deviation / self.head.scale) is not None:
             raise ValueError(
@@ -389,13 +389,13 @@ class ContinuousNextScale(LatentGenerator):
         solver.times(self.head.denoiser.path)  # refuses what the path does not have
         self.register_buffer("scale_coordinates", _middles(self.lengths), persistent=False)
 
-    def check_scale(self, latents: Tensor) -> None:
+    def check_scale(self, data: Tensor) -> None:
         """Raise a ValueError where the first batch has another deviation than about 1, or its vectors of a scale have
         another than about that scale's of `deviations`, which the head's noise takes for granted."""
         if not self._unchecked:
             return
-        super().check_scale(latents)
-        found, given = self.pyramid.deviations(at_least_float32(latents)), self.pyramid.scale_deviations
+        super().check_scale(data)
+        found, given = self.pyramid.deviations(at_least_float32(data)), self.pyramid.scale_deviations
         if any(scale_complaint(own / taken) for own, taken in zip(found, given, strict=True)):
             self._unchecked = True
             taken = ", ".join(f"{value:.3g}" for value in found)

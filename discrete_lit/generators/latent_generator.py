@@ -106,13 +106,18 @@ class LatentGenerator(ClassConditionalTraining):
                 "ids are for the generators of tokens"
             )
         self.check_latents(latents)
-        self.check_scale(latents)
-        return at_least_float32(latents)
+        data = self.modelled(at_least_float32(latents), batch)
+        self.check_scale(data)
+        return data
 
-    def check_scale(self, latents: Tensor) -> None:
-        """Raise a ValueError where the first batch of latents has another deviation than about 1."""
+    def modelled(self, latents: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return what the network models of a batch's latents `(B, D, H, W)`: these, unless a kind says otherwise."""
+        return latents
+
+    def check_scale(self, data: Tensor) -> None:
+        """Raise a ValueError where what is modelled has another deviation than about 1 in the first batch."""
         if self._unchecked:
-            check_latent_scale(latents)
+            check_latent_scale(data)
             self._unchecked = False
 
     def check_latents(self, latents: Tensor) -> None:

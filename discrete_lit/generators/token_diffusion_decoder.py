@@ -107,7 +107,8 @@ class TokenDiffusionDecoder(LatentDiffusion):
         )
         self.target: Literal["image", "residual"] = target
         self.residual_scale = residual_scale
-        self._unchecked_residual = target == "residual" and settings.get("check_scale", True)
+        if target == "residual":  # of pixels too
+            self._unchecked = settings.get("check_scale", True)
 
     def layout(self) -> LatentLayout:
         width, *grid = self.read_shape
@@ -162,28 +163,22 @@ class TokenDiffusionDecoder(LatentDiffusion):
         grid = self.tokens_of(batch).flatten(1)
         return Condition(labels=self.labels_of(batch), grid=grid, **self.context_of(batch))
 
-    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
-        latents = super().data_of(batch, random)
+    def modelled(self, latents: Tensor, batch: dict[str, Any]) -> Tensor:
         if self.target == "image":
             return latents
-        residual = self.residual_scale * (latents - self.base(self.tokens_of(batch)))
-        if self._unchecked_residual:
-            self._unchecked_residual = False
-            self._check_residual(residual)
-        return residual
+        return self.residual_scale * (latents - self.base(self.tokens_of(batch)))
 
-    def _check_residual(self, residual: Tensor) -> None:
-        deviation = float(residual.square().mean().sqrt())
+    def check_scale(self, data: Tensor) -> None:
+        if self.target == "image" or not self._unchecked:
+            return super().check_scale(data)
+        deviation = float(data.square().mean().sqrt())
         if scale_complaint(deviation) is not None:
             raise ValueError(
                 f"the residuals of the first batch have a deviation of {deviation:.4g} with residual_scale="
                 f"{self.residual_scale}; it should be about 1: take residual_scale="
                 f"{self.residual_scale / max(deviation, 1e-12):.4g}"
             )
-
-    def check_scale(self, latents: Tensor) -> None:
-        if self.target == "image":  # the residual is looked at in its place
-            super().check_scale(latents)
+        self._unchecked = False
 
     @torch.no_grad()
     def base(self, tokens: Tensor) -> Tensor:

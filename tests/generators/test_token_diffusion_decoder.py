@@ -26,6 +26,7 @@ from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDIM, ConsistencySampler, Euler
 from discrete_lit.evaluation.inputs import Run, _load_autoencoders
 from discrete_lit.generators import TokenDiffusionDecoder
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 from discrete_lit.samplers import GuidedSolver
 from discrete_lit.tokenizers import FSQ, EnCodec, PerturbedTokenizer, RawFrames, RawPixels, TokenGrid
@@ -203,6 +204,7 @@ def test_a_residual_is_what_the_decoder_misses() -> None:
     with pytest.raises(ValueError, match=r"residual_scale=0\.01; it should be about 1: take residual_scale="):
         checked = decoder(target="residual", residual_scale=0.01)
         checked.data_of(dict(batch), checked.random_of(batch, 0))
+    assert count_step(decoder(target="residual"), batch) > count_step(decoder(), batch), "the decoder's pass counts too"
 
 
 def test_a_consistency_function_is_drawn_in_one_step() -> None:
