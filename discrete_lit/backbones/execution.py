@@ -76,8 +76,8 @@ class _EveryElement(TorchDispatchMode):
 def outline(module: _Module, *, device: str | None = None) -> _Module:
     """Copy a module with parameters and buffers that are made anew: without data in a `FakeTensorMode`.
 
-    Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
-    is shared.
+    Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, with the modules
+    in a list, as one keeps a teacher that is not to be saved; everything else is shared.
 
     Args:
         module: any.
@@ -99,7 +99,10 @@ def _outline(module: Any, device: str | None, known: dict[int, Any]) -> Any:
     for name, value in vars(module).items():
         # What the copy remembers must not be found in the module.
         if isinstance(value, (dict, list, set)) and vars(copy).get(name) is value:
-            setattr(copy, name, value.copy())
+            kept = value.copy()
+            if isinstance(kept, list):
+                kept = [_outline(each, device, known) if isinstance(each, nn.Module) else each for each in kept]
+            setattr(copy, name, kept)
 
     def tensor(value: Tensor | None) -> Any:
         if value is None:

@@ -1,11 +1,11 @@
 """The operations of a training step, counted without computing one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from discrete_lit.accumulation import AccumulatedMean
 from discrete_lit.backbones.execution import count_flops
@@ -45,7 +45,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
     def prepare(copy: LightningModule) -> Callable[[], None]:
         for name, share in shares.items():
             cast(LatentGenerator, copy.get_submodule(name)).fixed_share = share
-        for part in copy.modules():
+        for part in _modules_of(copy):
             if isinstance(part, LightningModule):
                 part.log = part.log_dict = _nothing
             if isinstance(part, Generator | LatentGenerator | ImageAutoencoder):
@@ -73,6 +73,16 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
 
     with alone():
         return count_flops(module, prepare, gradients=True)
+
+
+def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, all that it consists of, and those that it keeps in a list, as a teacher that is not to be saved."""
+    for part in module.modules():
+        yield part
+        for value in vars(part).values():
+            for each in value if isinstance(value, list) else ():
+                if isinstance(each, nn.Module):
+                    yield from _modules_of(each)
 
 
 def _loss_of(outputs: Any) -> Tensor:

@@ -199,7 +199,8 @@ class LatentDiffusion(LatentGenerator):
             teacher = load(self.teacher)
             self.check_teacher(teacher)
             self._read_teacher.append(teacher.eval().requires_grad_(False))
-        return self._read_teacher[0].to(self.device)
+        teacher = self._read_teacher[0]
+        return teacher if teacher.device == self.device else teacher.to(self.device)
 
     def check_teacher(self, teacher: Any) -> None:
         """Refuse to distil what does not model these latents by undoing this noise.

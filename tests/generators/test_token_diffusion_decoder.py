@@ -248,6 +248,16 @@ def test_a_few_step_decoder_is_distilled_given_the_tokens(monkeypatch: pytest.Mo
         student.check_teacher(decoder(target="residual", residual_scale=2.0))
 
 
+def test_a_distilled_step_is_counted_with_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discrete_lit.generators.latent_diffusion.load", lambda path: decoder())
+    settings: dict[str, Any] = {"consistency": lambda denoiser: ConsistencyLoss(denoiser, intervals=16), "sampler": None}
+    untaught, student = decoder(**settings), decoder(**settings, teacher="trained.ckpt")
+    student.begin_with_teacher()
+    batch = {"image": torch.rand(3, 3, 8, 8) * 2 - 1, "index": torch.arange(3)}
+    assert count_step(student, batch) > count_step(untaught, batch)
+    assert "check_tokens" not in vars(student._teacher().discrete), "what is counted is a copy of the teacher"
+
+
 def _given_another(teacher_given: Any, other: Condition, condition: Condition) -> Any:
     return teacher_given(other)
 
