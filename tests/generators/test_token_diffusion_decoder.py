@@ -250,7 +250,10 @@ def test_a_few_step_decoder_is_distilled_given_the_tokens(monkeypatch: pytest.Mo
 
 def test_a_distilled_step_is_counted_with_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("discrete_lit.generators.latent_diffusion.load", lambda path: decoder())
-    settings: dict[str, Any] = {"consistency": lambda denoiser: ConsistencyLoss(denoiser, intervals=16), "sampler": None}
+    settings: dict[str, Any] = {
+        "consistency": lambda denoiser: ConsistencyLoss(denoiser, intervals=16),
+        "sampler": None,
+    }
     untaught, student = decoder(**settings), decoder(**settings, teacher="trained.ckpt")
     student.begin_with_teacher()
     batch = {"image": torch.rand(3, 3, 8, 8) * 2 - 1, "index": torch.arange(3)}
