@@ -87,6 +87,13 @@ gpu-wheels: ## download the packages that a bare GPU machine lacks, for GPU_PYTH
 gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds the reference outputs
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_pack.py $(if $(GOLDEN),--golden $(GOLDEN))
 
+# Say where the results $(2) are, which are called $(1), and the training logs, which are in $(3).
+define pointed_out
+@echo
+@echo "$(1)$(2)"
+@echo "training log: $(BIN)/tensorboard --logdir $(3)"
+endef
+
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.
 # While it trains, two commands share the processors, which keeps them busier than one does; it samples one by one, so that
@@ -167,9 +174,7 @@ quickstart-colour: $(COLOUR)/tokenizer/finished ## the same on 64-pixel colour e
 	$(MAKE) $(COLOUR)/evaluation/report.md
 	@echo
 	@cat $(COLOUR)/evaluation/report.md
-	@echo
-	@echo "pictures:     $(COLOUR)/masked_grid/grid.png $(COLOUR)/autoregressive_grid/grid.png"
-	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+	$(call pointed_out,pictures:     ,$(COLOUR)/masked_grid/grid.png $(COLOUR)/autoregressive_grid/grid.png,$(COLOUR))
 
 learned-colour: $(SEEDED:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
 
@@ -203,9 +208,7 @@ colour-further colour-hybrids: colour-%: $(COLOUR)/tokenizer/finished
 	$(MAKE) $(COLOUR)/evaluation_$*/report.md
 	@echo
 	@cat $(COLOUR)/evaluation_$*/report.md
-	@echo
-	@echo "pictures:     $(COLOUR_$*:%=$(COLOUR)/%_grid/grid.png)"
-	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+	$(call pointed_out,pictures:     ,$(COLOUR_$*:%=$(COLOUR)/%_grid/grid.png),$(COLOUR))
 
 learned-colour-further: $(COLOUR_further:%=$(COLOUR)/%/finished) $(COLOUR)/classifier/finished
 
@@ -247,9 +250,7 @@ SUMS := sums sums_thought
 quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back by one model, and sums with a thought, on handwritten digits
 	$(MAKE) --jobs 2 learned-digits OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(BIN)/python docs/experiments/digits.py --page $(DIGITS)/report.md
-	@echo
-	@echo "pictures:     $(BOTH_WAYS:%=$(DIGITS)/%/grid.png) $(SUMS:%=$(DIGITS)/%/grid.png)"
-	@echo "training log: $(BIN)/tensorboard --logdir $(DIGITS)"
+	$(call pointed_out,pictures:     ,$(BOTH_WAYS:%=$(DIGITS)/%/grid.png) $(SUMS:%=$(DIGITS)/%/grid.png),$(DIGITS))
 
 learned-digits: $(BOTH_WAYS:%=$(DIGITS)/%/samples.npz) $(SUMS:%=$(DIGITS)/%/samples.npz)
 
@@ -287,9 +288,7 @@ $(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
 quickstart-audio: $(AUDIO)/codec/finished ## a codec of speech, and two digits said from a text
 	$(MAKE) --jobs 2 learned-audio OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(BIN)/python docs/experiments/audio.py --output $(AUDIO)
-	@echo
-	@echo "to listen to: $(AUDIO)/listen $(AUDIO)/speech/samples/clips"
-	@echo "training log: $(BIN)/tensorboard --logdir $(AUDIO)"
+	$(call pointed_out,to listen to: ,$(AUDIO)/listen $(AUDIO)/speech/samples/clips,$(AUDIO))
 
 SOUNDS := $(AUDIO)/package/usr/share/asterisk/sounds/en_US_f_Allison
 
@@ -345,12 +344,11 @@ DRAWN_CLIPS := $(SEEDED) $(SEEDED:%=%_any) continued filled_in
 quickstart-video: ## a tokenizer of clips, and moving digits drawn, continued and filled in
 	$(MAKE) --jobs 2 learned-video OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(VIDEO)/evaluation/report.md
+	@echo
 	@cat $(VIDEO)/evaluation/report.md
 	@echo
 	$(BIN)/python docs/experiments/video.py measure
-	@echo
-	@echo "to look at:   $(DRAWN_CLIPS:%=$(VIDEO)/%/samples.gif)"
-	@echo "training log: $(BIN)/tensorboard --logdir $(VIDEO)"
+	$(call pointed_out,to look at:   ,$(DRAWN_CLIPS:%=$(VIDEO)/%/samples.gif),$(VIDEO))
 
 learned-video: $(DRAWN_CLIPS:%=$(VIDEO)/%/samples.npz) $(VIDEO)/classifier/finished
 
@@ -376,9 +374,7 @@ NAMED_SPLITS := train combinations test
 
 quickstart-emoji: $(NAMED)/transfusion/samples.npz $(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json) ## names to emoji and back by one model, 38 minutes of one core
 	$(BIN)/python docs/experiments/emoji.py --page $(NAMED)/report.md
-	@echo
-	@echo "pictures:     $(NAMED)/transfusion/grid.png"
-	@echo "training log: $(BIN)/tensorboard --logdir $(NAMED)"
+	$(call pointed_out,pictures:     ,$(NAMED)/transfusion/grid.png,$(NAMED))
 
 $(NAMED_SPLITS:%=$(NAMED)/shards/%/manifest.json): | $(COLOUR)/package/package.json
 
