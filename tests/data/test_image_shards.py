@@ -344,7 +344,7 @@ def test_trouble_that_does_not_pass_ends_with_the_servers_reason(
     start = time.monotonic()
     with pytest.raises(ValueError, match=rf"train-000000\.tar.*({message})"):
         list(data.evaluation_loader("train", 0, 1))
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 20, "the server keeps a request open for as long"
     if kind in ("404", "file"):
         assert server.requested.count("train-000000.tar") == 1
 

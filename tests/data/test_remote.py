@@ -149,18 +149,20 @@ def test_two_versions_of_a_file_are_never_mixed(server: Server, content: bytes, 
 def test_a_server_that_never_gets_on_is_given_up(server: Server, kind: str, message: str) -> None:
     server.content = CONTENT[:3]  # a third is a byte, of what is left nothing
     server.trouble = [kind] * 100
-    start = time.monotonic()
     with pytest.raises(OSError, match=message.replace("320,000", "3")):
         read(server.url)
-    assert time.monotonic() - start < 6 and len(server.ranges) == 1 + 3
+    assert len(server.ranges) == 1 + 3
 
 
 def test_it_is_read_ahead_and_no_further(server: Server) -> None:
     server.content = CONTENT * 200  # 64 MB
     with open_url(server.url) as stream:
         assert stream.read(100) == CONTENT[:100]
-        time.sleep(0.5)
-        held = sum(map(len, list(stream.raw._blocks.queue)))  # type: ignore[attr-defined]
+        blocks = stream.raw._blocks  # type: ignore[attr-defined]
+        latest = time.monotonic() + 60
+        while not blocks.full() and time.monotonic() < latest:
+            time.sleep(0.02)
+        held = sum(map(len, list(blocks.queue)))
     assert 10**6 < held <= 2**24
 
 
