@@ -201,7 +201,7 @@ COLOUR_further := ldm dit mar causal_mar xar
 COLOUR_HYBRIDS := tokenbridge hart discon
 COLOUR_hybrids := $(COLOUR_HYBRIDS) masked masked_decoder
 
-colour-further: ## generators of latents on the same emoji, 18 minutes on 2 cores behind quickstart-colour
+colour-further: ## generators of latents on the same emoji, behind quickstart-colour
 colour-hybrids: ## TokenBridge, DisCon, HART and a diffusion decoder on the same emoji, behind quickstart-colour
 colour-further colour-hybrids: colour-%: $(COLOUR)/tokenizer/finished
 	$(MAKE) --jobs 2 learned-$@ OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
