@@ -13,9 +13,9 @@ The peak memory of a step is what torch's allocator gave at most, counted alloca
 and the optimizer's state. Beside it stand the bytes that autograd keeps for the backward pass, once for each storage.
 
 Measured on 30 November 2026, 2 threads on 2 cores of an AMD EPYC with avx512_bf16 that did nothing else, `--rounds 6
---precision 32-true`: 1.07 times as fast (quartiles 1.05 to 1.08; on other days 1.08), with 751 MB at most in the place of
-1,254. With `--rounds 5 --precision bf16-mixed`, twice: 1.00 and 1.02 times, with 750 MB at most in the place of 1,138, of
-which autograd keeps 740 in the place of 625: here norms, and attention that is trained, are in float32.
+--precision 32-true`: 1.07 times as fast (quartiles 1.05 to 1.08; on other days 1.08), with 751 MB at most in the
+place of 1,254. With `--rounds 5 --precision bf16-mixed`, twice: 1.00 and 1.02 times, with 750 MB at most in the place
+of 1,138, of which autograd keeps 740 in the place of 625: here norms, and attention that is trained, are in float32.
 """
 
 import argparse
