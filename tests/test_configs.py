@@ -443,6 +443,7 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
             if "z_channels" in arguments:
                 arguments["z_channels"] = 4
         if name in ("MultiScaleVQ", "HybridVQ"):
+            shrink_model(arguments["network"], files)
             arguments["scales"] = [1, latent_side(arguments["network"])]
         if name == "text_encoder_from_files":
             settings["init_args"] = tiny_text_encoder()
@@ -699,10 +700,12 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, An
 
 @pytest.mark.parametrize("config", first_of_each_kind(MODELS) + LAYERS)
 def test_the_command_of_the_comment_parses_at_full_size(
-    config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    config: str, tokenizer_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     command = header_command(config)
+    if "--init_from" in command:  # any file: before it prints settings, a command looks whether there is one
+        command[command.index("--init_from") + 1] = str(tokenizer_file)
     assert config in configs_of(command)
     settings = printed(command, capsys)
     said = layered(config)

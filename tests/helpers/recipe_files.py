@@ -1,6 +1,7 @@
 """The YAML files of lightning_configs, read as their own opening comments say to."""
 
 import re
+import shlex
 import subprocess
 from copy import deepcopy
 from functools import cache
@@ -33,7 +34,7 @@ def header_command(config: str) -> list[str]:
         command = command.removesuffix("\\")
     found = re.match(r"discrete-lit (.*)", command)
     assert found, f"{config} does not open with the command that runs it"
-    return found[1].split()
+    return shlex.split(found[1])
 
 
 def configs_of(command: list[str]) -> list[str]:
